@@ -1,0 +1,1 @@
+"""Train and publish image classifiers under differential privacy, as ordinary PyTorch Lightning."""

@@ -1,0 +1,151 @@
+"""The privacy card: what a run released and what that guarantees, as JSON for programs and Markdown for people."""
+
+import json
+import math
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info
+
+from lightning_dp.data import DPDataModule
+from lightning_dp.methods import DPModule
+
+_SENTENCES = {
+    "add_remove": "adding or removing one {unit}",
+    "replace_one": "replacing one {unit} by another",
+}
+
+
+class PrivacyCard(Callback):
+    """Writes ``privacy_card.json`` and ``privacy_card.md`` into the log directory.
+
+    Written at the end of every fit, also of an interrupted or failed one, and again after a test in the same process,
+    with its metrics. Everything on it is public: configuration, the ledger, and metrics of public or test data.
+    """
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the card of a fit that ran to its end."""
+        self._write(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the card of a fit that was stopped."""
+        self._write(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the card again, with the metrics of the test."""
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or not isinstance(pl_module, DPModule) or not pl_module.was_trained:
+            return
+        card = make_card(trainer, pl_module)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            ("privacy_card.json", json.dumps(card, indent=2) + "\n"),
+            ("privacy_card.md", to_markdown(card)),
+        ):
+            # Replaced whole, so that an interrupt leaves the old card or the new one.
+            draft = folder / f".{name}.draft"
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, folder / name)
+        rank_zero_info(f"privacy card: {folder / 'privacy_card.md'}")
+
+
+def make_card(trainer: Trainer, module: DPModule) -> dict[str, Any]:
+    """The card as plain JSON values; epsilon is null where there is no guarantee (infinite)."""
+    mechanism = module.mechanism
+    config = mechanism.config
+    second, second_accountant = mechanism.second_opinion()
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
+    data = datamodule.describe() if isinstance(datamodule, DPDataModule) else {}
+    private_validation = isinstance(datamodule, DPDataModule) and datamodule.validation_is_private
+    return {
+        "method": type(module).__name__,
+        "epsilon": _finite(mechanism.epsilon()),
+        "delta": config.delta,
+        "adjacency": config.adjacency,
+        "unit": config.unit,
+        "accountant": config.accountant,
+        "epsilon_second_opinion": _finite(second),
+        "second_accountant": second_accountant,
+        "epsilon_target": config.epsilon,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "max_norm": _finite(config.max_norm),
+        "clipping": config.clipping,
+        "sample_rate": config.sample_rate,
+        "expected_batch_size": config.expected_batch_size,
+        "num_examples": config.num_examples,
+        "steps": config.steps,
+        "releases": [[r.noise_multiplier, r.sample_rate, r.count] for r in mechanism.ledger.releases],
+        "ledger": None if mechanism.ledger.path is None else mechanism.ledger.path.name,
+        "rng": mechanism.randomness.describe(),
+        "claims": [],
+        "outside_the_guarantee": _outside(private_validation),
+        "metrics": _metrics(trainer),
+        "data": data,
+        "precision": trainer.precision,
+        "devices": trainer.world_size,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("lightning_dp", "torch", "pytorch-lightning", "dp-accounting", "opacus")},
+        },
+    }
+
+
+def to_markdown(card: dict[str, Any]) -> str:
+    """The card for people: the guarantee in one sentence, then every number."""
+    unit = card["unit"]
+    if card["epsilon"] is None:
+        sentence = "**NO GUARANTEE**: no noise was added, epsilon is infinite."
+    else:
+        sentence = (
+            f"The training is **({card['epsilon']:.4g}, {card['delta']:g})-differentially private** under "
+            f"{_SENTENCES[card['adjacency']].format(unit=unit)} (accountant {card['accountant']}): whatever anyone "
+            f"concludes from the released model, they would conclude with nearly the same probability without any "
+            f"single {unit}."
+        )
+    rows = [(key, value) for key, value in card.items() if key not in ("releases", "metrics", "data", "versions")]
+    lines = ["# Privacy card", "", sentence, "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {_cell(value)} |" for key, value in rows]
+    lines += ["", "## Releases", "", "| noise multiplier | sample rate | count |", "|---|---|---|"]
+    lines += [f"| {sigma:.6g} | {rate:.6g} | {count} |" for sigma, rate, count in card["releases"]]
+    for title in ("metrics", "data", "versions"):
+        lines += ["", f"## {title.capitalize()}", "", "| | |", "|---|---|"]
+        lines += [f"| {key} | {_cell(value)} |" for key, value in card[title].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _outside(private_validation: bool) -> list[str]:
+    """What the guarantee does not cover in this run."""
+    always = [
+        "choice of hyper-parameters by earlier runs on the same records",
+        "test metrics computed on records that are not part of the private role",
+        "access to the machine during training (memory, un-noised sums between processes)",
+    ]
+    looked = "validation metrics were computed from private records without noise and are in the logs"
+    return [looked, *always] if private_validation else always
+
+
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    """Logged values of evaluation on roles outside the private one."""
+    logged = trainer.callback_metrics
+    return {name: float(value) for name, value in logged.items() if name.startswith(("val/", "test/"))}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return "; ".join(_cell(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_cell(item)}" for key, item in value.items()) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,120 @@
+"""The command line: LightningCLI with a privacy section, and a few verbs of its own. No logic of the mechanism here."""
+
+import difflib
+import math
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning
+import torch
+from jsonargparse import ArgumentError, auto_cli
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from lightning_dp import callbacks, data, methods, models
+from lightning_dp.data import DPDataModule
+from lightning_dp.errors import ConfigError
+from lightning_dp.methods import Classifier
+from lightning_dp.plan import plan
+from lightning_dp.privacy import PrivacyConfig
+
+# Imported, so configurations can use the bare names of their classes.
+_NAMED = (methods, data, models, callbacks, pytorch_lightning.callbacks, torch.optim, torch.optim.lr_scheduler)
+
+
+class DPCLI(LightningCLI):
+    """``fit | validate | test | predict`` with one ``privacy`` section for model, data and the number of steps.
+
+    After a fit the final weights are tested once, so that one command ends with a number and a complete card.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the privacy section and link it, so that what is accounted is what is sampled and what is clipped."""
+        parser.add_class_arguments(PrivacyConfig, "privacy")
+        parser.link_arguments("privacy", "model.init_args.privacy")
+        parser.link_arguments("privacy", "data.init_args.privacy")
+        parser.link_arguments("privacy.steps", "trainer.max_steps")
+        sizes = ("privacy.steps", "privacy.num_examples", "privacy.expected_batch_size")
+        parser.link_arguments(sizes, "trainer.max_epochs", compute_fn=epochs)
+
+    def after_fit(self) -> None:
+        """Test the final weights."""
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning, not declared
+            self.trainer.test(self.model, datamodule=self.datamodule)
+
+
+def epochs(steps: int, num_examples: int, expected_batch_size: int) -> int:
+    """Epochs that hold ``steps``; an epoch is as many steps as show a record once in expectation."""
+    return math.ceil(steps / math.ceil(num_examples / expected_batch_size))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of ``lightning-dp`` and ``python -m lightning_dp``."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    try:
+        if arguments[:1] == ["plan"]:
+            auto_cli(plan, args=arguments[1:], prog="lightning-dp plan", exit_on_error=False)
+        else:
+            # Both are about Lightning's own code: the weights after the step are the ones a checkpoint should hold.
+            warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+            _lightning(None if args is None else arguments)
+    except Exception as error:
+        # jsonargparse wraps what a constructor raises in long reports of every type it tried.
+        if (reason := _config_error(error)) is not None:
+            sys.exit(f"error: {reason}")
+        if isinstance(error, ArgumentError | MisconfigurationException):
+            sys.exit(f"error: {explain(str(error))}")
+        raise
+
+
+def explain(message: str) -> str:
+    """A parser's report in one line; for an unknown class, the setting and the nearest known names.
+
+    Example:
+        >>> explain('Parser key "model": Expected a dot import path string: DPSDG')
+        '--model: there is no class DPSDG; nearest: DPSGD, SGD, ASGD'
+    """
+    unknown = re.findall(r"(?:Expected a dot import path string:|Expected a path but) ([\w.]+)", message)
+    if not unknown:
+        return " ".join(message.split())
+    setting = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    known = [name for module in _NAMED for name, value in vars(module).items() if isinstance(value, type)]
+    near = difflib.get_close_matches(unknown[-1].rsplit(".", 1)[-1], known, n=3, cutoff=0.4)
+    return f"--{setting}: there is no class {unknown[-1]}; nearest: {', '.join(near) or 'none'}"
+
+
+def _config_error(error: BaseException | None) -> ConfigError | None:
+    """The first of our own errors in a chain of causes."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _lightning(arguments: list[str] | None) -> None:
+    settings: dict[str, Any] = {
+        "description": "Train image classifiers under differential privacy. One more verb: `lightning-dp plan` prints "
+        "noise, epsilon and steps before anything is trained.",
+        "exit_on_error": False,
+    }
+    per_verb = {verb: {"exit_on_error": False} for verb in DPCLI.subcommands()}
+    DPCLI(
+        Classifier,
+        DPDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        # The sampler of DPDataModule serves every rank its share.
+        trainer_defaults={"use_distributed_sampler": False},
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": False},
+        parser_kwargs={**settings, **per_verb},
+        args=arguments,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Data roles of a private run: sources, splits, augmentations and the data module."""
+
+from lightning_dp.data.datamodule import DPDataModule as DPDataModule
+from lightning_dp.data.folders import SUN397 as SUN397
+from lightning_dp.data.folders import Caltech256 as Caltech256
+from lightning_dp.data.folders import DecodedSource as DecodedSource
+from lightning_dp.data.folders import EuroSAT as EuroSAT
+from lightning_dp.data.folders import Flowers102 as Flowers102
+from lightning_dp.data.folders import ImageFolder as ImageFolder
+from lightning_dp.data.folders import OxfordIIITPet as OxfordIIITPet
+from lightning_dp.data.loaders import EvalBatchSampler as EvalBatchSampler
+from lightning_dp.data.records import RecordDataset as RecordDataset
+from lightning_dp.data.records import Records as Records
+from lightning_dp.data.records import content_hashes as content_hashes
+from lightning_dp.data.sources import CIFAR10 as CIFAR10
+from lightning_dp.data.sources import CIFAR100 as CIFAR100
+from lightning_dp.data.sources import EMNIST as EMNIST
+from lightning_dp.data.sources import KMNIST as KMNIST
+from lightning_dp.data.sources import MNIST as MNIST
+from lightning_dp.data.sources import SVHN as SVHN
+from lightning_dp.data.sources import Digits as Digits
+from lightning_dp.data.sources import FashionMNIST as FashionMNIST
+from lightning_dp.data.sources import Source as Source
+from lightning_dp.data.splits import assert_disjoint as assert_disjoint
+from lightning_dp.data.splits import load_splits as load_splits
+from lightning_dp.data.splits import save_splits as save_splits
+from lightning_dp.data.splits import split_indices as split_indices
+from lightning_dp.data.transforms import Augmentation as Augmentation
+from lightning_dp.data.transforms import CropFlip as CropFlip
+from lightning_dp.data.transforms import Normalize as Normalize
+from lightning_dp.data.transforms import Shift as Shift

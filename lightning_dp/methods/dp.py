@@ -1,0 +1,190 @@
+"""Private methods as Lightning modules: a clipped contribution per record, a release, an update.
+
+`DPModule.training_step` reads as the algorithm. One Lightning batch is one logical Poisson batch, one release, one
+entry of the ledger and one ``global_step``; physical chunks are a loop inside the step.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.func import grad
+
+from lightning_dp.errors import ConfigError
+from lightning_dp.methods.base import Batch, Classifier
+from lightning_dp.methods.refusals import check_loader
+from lightning_dp.privacy import Mechanism, PrivacyConfig, clipped_sum
+from lightning_dp.privacy.clipping import Tensors
+
+
+class DPModule(Classifier, ABC):
+    """Learns from noisy clipped sums over Poisson batches, and from nothing else.
+
+    Guarantee: (epsilon, delta) of the module's ledger, under the adjacency of ``privacy``, for everything the training
+    leaves behind: weights, optimizer state, logs and all checkpoints together.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None = None,
+        physical_batch_size: int = 256,
+        privacy: PrivacyConfig | None = None,
+    ) -> None:
+        super().__init__(net, optimizer, scheduler, physical_batch_size, privacy)
+        self._mechanism: Mechanism | None = None
+        self._previous: dict[str, Any] | None = None
+
+    @abstractmethod
+    def contribution(self, image: Tensor, label: Tensor) -> Tensors:
+        """What one record adds, before clipping. ``image`` (channels, height, width), ``label`` ()."""
+
+    @abstractmethod
+    def template(self) -> Tensors:
+        """Tensors of the shapes of a contribution."""
+
+    @abstractmethod
+    def update(self, mean: Tensors) -> None:
+        """Use a released mean. Everything here is post-processing."""
+
+    @final
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One release: bound every record, sum, add noise and record it, update."""
+        images, labels = batch
+        step = self.trainer.global_step
+        coins = self.record_coins(len(labels), self.mechanism.randomness.numpy("augment", step))
+        total = clipped_sum(
+            self.contribution,
+            (images, coins, labels),
+            self.template(),
+            max_norm=self.mechanism.config.max_norm,
+            clipping=self.mechanism.config.clipping,
+            chunk=self.physical_batch_size,
+            prepare=self.prepare,
+        )
+        self.update(self.mechanism.release(total, step, self.trainer.global_rank, self.sum_over_ranks))
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The mechanism of this run; holds the ledger.
+
+        Raises:
+            ConfigError: nothing was trained with this module yet.
+        """
+        if self._mechanism is None:
+            raise ConfigError("this module has not been trained, so it has no privacy ledger: run fit first")
+        return self._mechanism
+
+    @property
+    def was_trained(self) -> bool:
+        """Whether there is a mechanism, and so a ledger, in this process."""
+        return self._mechanism is not None
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer; a noise-aware one finds the standard deviation of the noise in its parameter groups."""
+        # The first hook of a fit after the checkpoint was read: here it is known whether a run is new or continued.
+        self._start_mechanism()
+        configured = super().configure_optimizers()
+        optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+        for group in optimizer.param_groups:
+            group["noise_std"] = self.mechanism.noise_std_of_mean
+        return configured
+
+    def on_train_start(self) -> None:
+        """Check the live loader, take hold of the ledger's file, and work out what may still be released."""
+        trainer, mechanism = self.trainer, self.mechanism
+        check_loader(trainer.train_dataloader, mechanism.config, trainer.global_rank, trainer.world_size)
+        if trainer.is_global_zero:
+            mechanism.ledger.open(Path(trainer.log_dir or trainer.default_root_dir))
+        mechanism.ledger.releases = trainer.strategy.broadcast(mechanism.ledger.releases)
+        mechanism.renew_allowance()
+        planned = mechanism.planned_releases(trainer.global_step)
+        if (lost := mechanism.config.steps - trainer.global_step - planned) > 0:
+            rank_zero_warn(
+                f"{lost} releases were made after this checkpoint and are counted: the run will end {lost} steps early"
+            )
+        self._stop_when_spent()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Skip the rest of the epoch if the budget covers no further release."""
+        return -1 if self._stop_when_spent() else None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop before the release that would cross the budget."""
+        self._stop_when_spent()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the ledger, in plain numbers."""
+        checkpoint["privacy"] = self._previous if self._mechanism is None else self._mechanism.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the ledger: whoever trains these weights further goes on spending from it."""
+        self._previous = checkpoint.get("privacy")
+        if self._previous is None:
+            raise ConfigError(
+                "the checkpoint has no privacy ledger, so it is not known what its weights reveal: load one made by a "
+                "private method, or public weights through the network's own arguments"
+            )
+
+    def teardown(self, stage: str) -> None:
+        """Let go of the ledger's file."""
+        if self._mechanism is not None:
+            self._mechanism.ledger.close()
+
+    def _start_mechanism(self) -> None:
+        if self.privacy is None:
+            raise ConfigError("no privacy section: set privacy.epsilon, privacy.delta and the rest, or use the SGD class")
+        if self._previous is not None:
+            self._find_ledger(self._previous["ledger"])
+        if self._mechanism is None:
+            self._mechanism = Mechanism(self.privacy, self._previous)
+        elif self._previous is not None and self._previous["ledger"]["run"] != self._mechanism.ledger.run:
+            raise ConfigError("this module has spent from one ledger and the checkpoint from another: make a new module")
+
+    def _find_ledger(self, ledger: dict[str, Any]) -> None:
+        """Follow a run that was moved as a whole: its ledger lies beside the folder of its checkpoints."""
+        checkpoint = self.trainer.ckpt_path
+        if ledger["path"] is None or Path(ledger["path"]).is_file() or checkpoint is None:
+            return
+        moved = Path(checkpoint).parent.parent / Path(ledger["path"]).name
+        if moved.is_file():
+            ledger["path"] = str(moved)
+
+    def _stop_when_spent(self) -> bool:
+        if self.mechanism.releases_left >= 1:
+            return False
+        self.trainer.should_stop = True
+        # Lightning ignores should_stop until these are met.
+        self.trainer.fit_loop.min_epochs = None
+        self.trainer.fit_loop.epoch_loop.min_steps = None
+        return True
+
+
+class GradientModule(DPModule, ABC):
+    """DP-SGD and its relatives: the contribution is a gradient, the update an optimizer step."""
+
+    @abstractmethod
+    def record_loss(self, parameters: Tensors, image: Tensor, label: Tensor) -> Tensor:
+        """Loss of one record at ``parameters``, a scalar; sees no other private record."""
+
+    @final
+    def contribution(self, image: Tensor, label: Tensor) -> Tensors:
+        """Gradient of `record_loss` at the current parameters."""
+        gradients: Tensors = grad(self.record_loss)(self.template(), image, label)
+        return gradients
+
+    @final
+    def template(self) -> Tensors:
+        """The trained parameters, detached."""
+        return {name: value.detach() for name, value in self.trainable().items()}
+
+    @final
+    def update(self, mean: Tensors) -> None:
+        """Optimizer and schedule, one step."""
+        with torch.no_grad():
+            self.step_optimizer(mean)

@@ -1,0 +1,14 @@
+"""Networks of (n, channels, height, width) -> (n, classes), every one a function of each record by itself."""
+
+from .check import validate as validate
+from .cnn import CIFARTanhCNN as CIFARTanhCNN
+from .cnn import MNISTTanhCNN as MNISTTanhCNN
+from .convnet import ConvNet as ConvNet
+from .fix import RecordDropPath as RecordDropPath
+from .fix import make_private_ready as make_private_ready
+from .linear import LinearHead as LinearHead
+from .pretrained import TimmNet as TimmNet
+from .pretrained import TorchvisionNet as TorchvisionNet
+from .scatter import ScatterNet as ScatterNet
+from .wide_resnet import WideResNet as WideResNet
+from .wide_resnet import WSConv2d as WSConv2d
