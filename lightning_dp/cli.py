@@ -11,8 +11,8 @@ from typing import Any
 import pytorch_lightning
 import torch
 from jsonargparse import ArgumentError, auto_cli
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_dp import callbacks, data, methods, models
 from lightning_dp.data import DPDataModule
@@ -58,8 +58,10 @@ def main(args: Sequence[str] | None = None) -> None:
         if arguments[:1] == ["plan"]:
             auto_cli(plan, args=arguments[1:], prog="lightning-dp plan", exit_on_error=False)
         else:
-            # Both are about Lightning's own code: the weights after the step are the ones a checkpoint should hold.
+            # Misleading here: the weights after a step are the ones to keep, and batches are addressed by step, so
+            # they resume in mid-epoch. The last is about code of Lightning's own.
             warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
             _lightning(None if args is None else arguments)
     except Exception as error:

@@ -54,7 +54,7 @@ class PrivacyBudget(Callback):
             }
             for name, value in values.items():
                 shown = name in ("privacy/epsilon", "privacy/steps_left")
-                self.log(name, value, prog_bar=shown, on_step=True, on_epoch=False, batch_size=1)
+                pl_module.log(name, value, prog_bar=shown, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the run has spent."""

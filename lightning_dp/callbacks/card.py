@@ -92,7 +92,10 @@ def make_card(trainer: Trainer, module: DPModule) -> dict[str, Any]:
         "devices": trainer.world_size,
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("lightning_dp", "torch", "pytorch-lightning", "dp-accounting", "opacus")},
+            **{
+                name: version(name)
+                for name in ("lightning_dp", "torch", "pytorch-lightning", "dp-accounting", "opacus")
+            },
         },
     }
 

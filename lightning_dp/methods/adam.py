@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 class DPAdamBC(Optimizer):
     """Adam on noisy gradients: the known noise variance is taken out of the second moment.
 
-    The step is ``lr * m / sqrt(max(v - noise_std^2, floor))`` with m and v the bias-corrected moments. ``noise_std``, the
-    standard deviation of the noise in each value of the gradient, is public; private methods write it into the
-    parameter groups. With ``noise_std`` 0 and a small ``floor`` this is Adam.
+    The step is ``lr * m / sqrt(max(v - noise_std^2, floor))`` with m and v the bias-corrected moments.
+    ``noise_std``, the standard deviation of the noise in each value of the gradient, is public; private methods write
+    it into the parameter groups. With ``noise_std`` 0 and a small ``floor`` this is Adam.
 
     Args:
         params: parameters to train.
@@ -44,7 +44,7 @@ class DPAdamBC(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "floor": floor, "noise_std": noise_std})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; returns what ``closure`` returns."""
         result = None if closure is None else closure()
         for group in self.param_groups:

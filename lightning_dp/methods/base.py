@@ -101,7 +101,7 @@ class Classifier(LightningModule, ABC):
         optimizer.step()  # type: ignore[union-attr]  # one optimizer, by configure_optimizers
         optimizer.zero_grad()  # type: ignore[union-attr]
         if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr, call-arg]
+            scheduler.step()  # type: ignore[union-attr]
 
     def sum_over_ranks(self, flat: Tensor) -> Tensor:
         """Sum of a tensor over all processes; the only collective of a training step."""
@@ -137,7 +137,8 @@ class Classifier(LightningModule, ABC):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Class probabilities (n, classes)."""
-        return self(batch[0]).softmax(1)
+        probabilities: Tensor = self(batch[0]).softmax(1)
+        return probabilities
 
     def _evaluate(self, batch: Batch, accuracy: MulticlassAccuracy, prefix: str) -> None:
         images, labels = batch
@@ -158,6 +159,7 @@ class Classifier(LightningModule, ABC):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
             self.save_hyperparameters(ignore=["privacy"])
-        for hparams in (self._hparams, self._hparams_initial):
+        for hparams in (self.hparams, self._hparams_initial):
+            assert isinstance(hparams, dict)
             for name in [name for name, value in hparams.items() if callable(value)]:
                 del hparams[name]

@@ -138,13 +138,17 @@ class DPModule(Classifier, ABC):
 
     def _start_mechanism(self) -> None:
         if self.privacy is None:
-            raise ConfigError("no privacy section: set privacy.epsilon, privacy.delta and the rest, or use the SGD class")
+            raise ConfigError(
+                "no privacy section: set privacy.epsilon, privacy.delta and the rest, or use the SGD class"
+            )
         if self._previous is not None:
             self._find_ledger(self._previous["ledger"])
         if self._mechanism is None:
             self._mechanism = Mechanism(self.privacy, self._previous)
         elif self._previous is not None and self._previous["ledger"]["run"] != self._mechanism.ledger.run:
-            raise ConfigError("this module has spent from one ledger and the checkpoint from another: make a new module")
+            raise ConfigError(
+                "this module has spent from one ledger and the checkpoint from another: make a new module"
+            )
 
     def _find_ledger(self, ledger: dict[str, Any]) -> None:
         """Follow a run that was moved as a whole: its ledger lies beside the folder of its checkpoints."""

@@ -27,7 +27,9 @@ def check_fit(trainer: Trainer, net: nn.Module, validation_is_private: bool) -> 
     _check_batches(trainer)
     _check_callbacks(trainer, validation_is_private)
     if problems := validate(net):
-        raise ConfigError(problems[0] if len(problems) == 1 else f"{problems[0]} (and {len(problems) - 1} more like it)")
+        raise ConfigError(
+            problems[0] if len(problems) == 1 else f"{problems[0]} (and {len(problems) - 1} more like it)"
+        )
 
 
 def check_loader(loader: object, privacy: PrivacyConfig, rank: int, world_size: int) -> None:
@@ -77,7 +79,7 @@ def _check_gradients(trainer: Trainer) -> None:
 
 
 def _check_batches(trainer: Trainer) -> None:
-    if trainer.overfit_batches != 0:
+    if trainer.overfit_batches != 0:  # type: ignore[attr-defined]  # set by Lightning, not declared
         raise ConfigError(
             "trainer.overfit_batches repeats a batch and evaluates on private records: remove it and train on the "
             "digits data to debug"

@@ -41,7 +41,7 @@ class SGD(Classifier):
         total = torch.zeros(sum(value.numel() for value in parameters.values()), device=self.device)
         coins = Randomness.from_seed(self.privacy.seed).numpy("augment", self.trainer.global_step)
         records = (images, self.record_coins(len(labels), coins), labels)
-        for part in zip(*(tensor.split(self.physical_batch_size) for tensor in records), strict=True):
+        for part in zip(*(torch.split(tensor, self.physical_batch_size) for tensor in records), strict=True):
             inputs, targets = self.prepare(*part)
             loss = F.cross_entropy(self.net(inputs), targets, reduction="sum")
             # Not .backward(): DistributedDataParallel would average the chunks' gradients one by one.

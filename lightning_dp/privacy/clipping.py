@@ -24,7 +24,8 @@ def record_norms(flat: Tensor) -> Tensor:
     whole = values - values % _NORM_BLOCK
     blocks = torch.linalg.vector_norm(flat[:, :whole].reshape(records, -1, _NORM_BLOCK), dim=2)
     rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True)
-    return torch.linalg.vector_norm(torch.cat([blocks, rest], dim=1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(torch.cat([blocks, rest], dim=1), dim=1)
+    return norms
 
 
 def clip_factors(norms: Tensor, max_norm: float, clipping: Clipping) -> Tensor:
@@ -82,7 +83,7 @@ def clipped_sum(
     size = sum(value.numel() for value in template.values())
     total = torch.zeros(size, dtype=dtype, device=next(iter(template.values())).device)
     per_record = vmap(fn, randomness="different")
-    for part in zip(*(tensor.split(chunk) for tensor in records), strict=True):
+    for part in zip(*(torch.split(tensor, chunk) for tensor in records), strict=True):
         if part[0].shape[0] == 0:
             continue
         values = per_record(*(part if prepare is None else prepare(*part)))
@@ -101,5 +102,5 @@ def flatten(tensors: Tensors) -> Tensor:
 
 def unflatten(flat: Tensor, template: Tensors) -> Tensors:
     """Views of ``flat`` in the shapes of ``template``; the inverse of `flatten`."""
-    parts = flat.split([value.numel() for value in template.values()])
+    parts = torch.split(flat, [value.numel() for value in template.values()])
     return {name: part.view(value.shape) for part, (name, value) in zip(parts, template.items(), strict=True)}

@@ -98,8 +98,8 @@ class PrivacyConfig:
     def _check_budget(self) -> None:
         if not 0 < self.delta < 1 / self.num_examples:
             raise ConfigError(
-                f"privacy.delta {self.delta:g} must lie above 0 and below 1 / num_examples = {1 / self.num_examples:g}, "
-                "since a larger delta allows a record to be published outright: lower it"
+                f"privacy.delta {self.delta:g} must lie above 0 and below 1 / num_examples = {1 / self.num_examples:g}"
+                ", since a larger delta allows a record to be published outright: lower it"
             )
         if self.accountant != "rdp" and self.delta < accounting.SMALLEST_FFT_DELTA:
             raise ConfigError(
@@ -114,7 +114,7 @@ class PrivacyConfig:
             raise ConfigError(f"privacy.epsilon {self.epsilon:g} must be above 0")
         if self.noise_multiplier is not None and not self.noise_multiplier >= 0:
             raise ConfigError(f"privacy.noise_multiplier {self.noise_multiplier:g} must be 0 or above")
-        if self.noise_multiplier and math.isinf(self.max_norm):
+        if self.noise_multiplier != 0 and math.isinf(self.max_norm):
             raise ConfigError(
                 "privacy.max_norm is infinite, so no noise bounds a record: set it, or noise_multiplier 0"
             )
@@ -218,8 +218,8 @@ class Mechanism:
         if wanted > self.releases_left and self.config.steps > self._planned:
             raise ConfigError(
                 f"privacy.steps {self.config.steps} would exceed the budget: {self.summary()} is spent and "
-                f"{self.releases_left} more steps fit into epsilon {self.config.epsilon:g}; set privacy.steps to at most "
-                f"{done + self.releases_left} or raise privacy.epsilon"
+                f"{self.releases_left} more steps fit into epsilon {self.config.epsilon:g}; set privacy.steps to at "
+                f"most {done + self.releases_left} or raise privacy.epsilon"
             )
         return min(wanted, self.releases_left)
 

@@ -77,9 +77,9 @@ def test_a_neighbour_leaves_the_other_records_draws_alone():
 
 
 def test_sampling_ignores_the_global_generators():
-    np.random.seed(0)  # noqa: NPY002  # the legacy generator is the point
+    np.random.seed(0)
     first = next(iter(make(seed=None)))
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     assert next(iter(make(seed=None))) != first
 
 
