@@ -27,6 +27,13 @@ class PrivacyCard(Callback):
     with its metrics. Everything on it is public: configuration, the ledger, and metrics of public or test data.
     """
 
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder while every rank takes part; after a failure the ranks can no longer ask each other."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the card of a fit that ran to its end."""
         self._write(trainer, pl_module)
@@ -40,10 +47,12 @@ class PrivacyCard(Callback):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or not isinstance(pl_module, DPModule) or not pl_module.was_trained:
+        folder = self._folder
+        if folder is None or not trainer.is_global_zero:
+            return
+        if not isinstance(pl_module, DPModule) or not pl_module.was_trained:
             return
         card = make_card(trainer, pl_module)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in (
             ("privacy_card.json", json.dumps(card, indent=2) + "\n"),

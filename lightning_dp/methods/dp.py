@@ -99,8 +99,9 @@ class DPModule(Classifier, ABC):
         """Check the live loader, take hold of the ledger's file, and work out what may still be released."""
         trainer, mechanism = self.trainer, self.mechanism
         check_loader(trainer.train_dataloader, mechanism.config, trainer.global_rank, trainer.world_size)
+        folder = trainer.log_dir  # asks rank 0, so every rank has to ask
         if trainer.is_global_zero:
-            mechanism.ledger.open(Path(trainer.log_dir or trainer.default_root_dir))
+            mechanism.ledger.open(Path(folder or trainer.default_root_dir))
         mechanism.ledger.releases = trainer.strategy.broadcast(mechanism.ledger.releases)
         mechanism.renew_allowance()
         planned = mechanism.planned_releases(trainer.global_step)
