@@ -1,7 +1,6 @@
 """The command line: LightningCLI with a privacy section, and a few verbs of its own. No logic of the mechanism here."""
 
 import difflib
-import math
 import re
 import sys
 import warnings
@@ -37,8 +36,6 @@ class DPCLI(LightningCLI):
         parser.link_arguments("privacy", "model.init_args.privacy")
         parser.link_arguments("privacy", "data.init_args.privacy")
         parser.link_arguments("privacy.steps", "trainer.max_steps")
-        sizes = ("privacy.steps", "privacy.num_examples", "privacy.expected_batch_size")
-        parser.link_arguments(sizes, "trainer.max_epochs", compute_fn=epochs)
 
     def after_fit(self) -> None:
         """Test the final weights."""
@@ -46,17 +43,12 @@ class DPCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
 
-def epochs(steps: int, num_examples: int, expected_batch_size: int) -> int:
-    """Epochs that hold ``steps``; an epoch is as many steps as show a record once in expectation."""
-    return math.ceil(steps / math.ceil(num_examples / expected_batch_size))
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``lightning-dp`` and ``python -m lightning_dp``."""
     arguments = list(sys.argv[1:] if args is None else args)
     try:
         if arguments[:1] == ["plan"]:
-            auto_cli(plan, args=arguments[1:], prog="lightning-dp plan", exit_on_error=False)
+            auto_cli(plan, args=arguments[1:], prog="lightning-dp plan", as_positional=False, exit_on_error=False)
         else:
             # Misleading here: the weights after a step are the ones to keep, and batches are addressed by step, so
             # they resume in mid-epoch. The last is about code of Lightning's own.

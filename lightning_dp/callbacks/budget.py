@@ -52,9 +52,11 @@ class PrivacyBudget(Callback):
                 "privacy/delta": pl_module.mechanism.config.delta,
                 "privacy/noise_multiplier": pl_module.mechanism.noise_multiplier,
             }
-            for name, value in values.items():
-                shown = name in ("privacy/epsilon", "privacy/steps_left")
-                pl_module.log(name, value, prog_bar=shown, on_step=True, on_epoch=False, batch_size=1)
+            # Straight to the loggers: Lightning would repeat a value at every step until the next one is due.
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+            for name in ("privacy/epsilon", "privacy/steps_left"):
+                pl_module.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the run has spent."""

@@ -105,9 +105,11 @@ class DPModule(Classifier, ABC):
         mechanism.ledger.releases = trainer.strategy.broadcast(mechanism.ledger.releases)
         mechanism.renew_allowance()
         planned = mechanism.planned_releases(trainer.global_step)
-        if (lost := mechanism.config.steps - trainer.global_step - planned) > 0:
+        if (missing := mechanism.config.steps - trainer.global_step - planned) > 0:
+            lost = len(mechanism.ledger) - trainer.global_step
             rank_zero_warn(
-                f"{lost} releases were made after this checkpoint and are counted: the run will end {lost} steps early"
+                f"the budget covers {planned} more steps, {missing} fewer than privacy.steps asks for"
+                + (f": {lost} releases were made apart from this checkpoint's steps and count" if lost else "")
             )
         self._stop_when_spent()
 

@@ -57,6 +57,11 @@ def check_loader(loader: object, privacy: PrivacyConfig, rank: int, world_size: 
 
 
 def _check_gradients(trainer: Trainer) -> None:
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ConfigError(
+            f"trainer.strategy {type(trainer.strategy).__name__} splits the parameters, so a record's norm is not "
+            "known on any device: use auto or ddp"
+        )
     if trainer.gradient_clip_val is not None:
         raise ConfigError(
             "trainer.gradient_clip_val clips the batch, not the record, and would act on noise: remove it and set "
@@ -67,14 +72,9 @@ def _check_gradients(trainer: Trainer) -> None:
             f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} would put several Poisson batches in "
             "one step: remove it and set privacy.expected_batch_size (memory: model.physical_batch_size)"
         )
-    if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
+    if trainer.precision not in ("32-true", "bf16-mixed"):
         raise ConfigError(
             f"trainer.precision {trainer.precision} scales or rounds what is clipped: use 32-true or bf16-mixed"
-        )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ConfigError(
-            f"trainer.strategy {type(trainer.strategy).__name__} splits the parameters, so a record's norm is not "
-            "known on any device: use auto or ddp"
         )
 
 

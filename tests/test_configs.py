@@ -1,0 +1,85 @@
+"""Every file in configs/ is run: parsed with the others, and fitted for two steps on data made here."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_dp.cli import main
+from lightning_dp.data import CIFAR10, MNIST, Digits, FashionMNIST, Records
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DATA, METHODS = sorted(CONFIGS.glob("data/*.yaml")), sorted(CONFIGS.glob("method/*.yaml"))
+EXPERIMENTS = sorted(CONFIGS.glob("experiments/*.yaml"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LIGHTNING_DP_DATA", raising=False)
+    monkeypatch.setattr("sys.argv", ["lightning-dp"])
+    return tmp_path
+
+
+def made(channels, size):
+    """A source's load() over random records, the same at every call; 300 to train, 40 to test."""
+
+    def load(self, root, train, download=False):
+        generator = torch.Generator().manual_seed(int(train))
+        count = 300 if train else 40
+        images = torch.randint(0, 256, (count, channels, size, size), generator=generator, dtype=torch.uint8)
+        return Records(images, torch.arange(count) % 10)
+
+    return load
+
+
+def files(*paths):
+    return [word for path in paths for word in ("-c", str(path))]
+
+
+SMALL = [
+    "--privacy.num_examples=190", "--privacy.expected_batch_size=8", "--privacy.steps=2", "--privacy.noise_multiplier=1",
+    "--data.init_args.audit=10", "--model.init_args.physical_batch_size=8", "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("data", ["digits", "mnist", "fashion_mnist", "cifar10"])
+def test_every_method_fits_and_tests_on_every_shape_of_data(here, monkeypatch, method, data):
+    for source, shape in ((Digits, (1, 8)), (MNIST, (1, 28)), (FashionMNIST, (1, 28)), (CIFAR10, (3, 32))):
+        monkeypatch.setattr(source, "load", made(*shape))
+    paths = (CONFIGS / "base.yaml", CONFIGS / "data" / f"{data}.yaml", method, CONFIGS / "privacy" / "eps3.yaml")
+    main(["fit", *files(*paths), *SMALL])
+    assert (here / "runs" / "version_0" / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_fits(here, monkeypatch, experiment):
+    for source, shape in ((Digits, (1, 8)), (MNIST, (1, 28)), (FashionMNIST, (1, 28)), (CIFAR10, (3, 32))):
+        monkeypatch.setattr(source, "load", made(*shape))
+    main(["fit", *files(CONFIGS / "base.yaml", experiment), *SMALL])
+    assert (here / "runs" / "version_0" / "privacy_card.json").is_file()
+
+
+@pytest.mark.parametrize("hardware", [None, *sorted(CONFIGS.glob("hardware/*.yaml"))], ids=str)
+@pytest.mark.parametrize("data", DATA, ids=lambda path: path.stem)
+def test_every_combination_parses(here, capsys, data, hardware):
+    budget = CONFIGS / "privacy" / "eps8.yaml"
+    paths = [CONFIGS / "base.yaml", data, CONFIGS / "method" / "dp_sgd.yaml", budget]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *files(*paths, *([hardware] if hardware else [])), "--print_config"])
+    assert stopped.value.code == 0
+    assert "DPDataModule" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.stem)
+def test_every_file_opens_with_what_it_is(path):
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_names_its_command_and_its_result(path):
+    head = path.read_text().split("data:")[0]
+    assert f"lightning-dp fit -c configs/base.yaml -c configs/experiments/{path.name}" in head
+    assert "test accuracy" in head
