@@ -11,6 +11,7 @@ import pytorch_lightning
 import torch
 from jsonargparse import ArgumentError, auto_cli
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lightning_dp import callbacks, data, methods, models
@@ -37,6 +38,13 @@ class DPCLI(LightningCLI):
         parser.link_arguments("privacy", "data.init_args.privacy")
         parser.link_arguments("privacy.steps", "trainer.max_steps")
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer; what Lightning cannot build is reported in one line."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
+
     def after_fit(self) -> None:
         """Test the final weights."""
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning, not declared
@@ -51,9 +59,10 @@ def main(args: Sequence[str] | None = None) -> None:
             auto_cli(plan, args=arguments[1:], prog="lightning-dp plan", as_positional=False, exit_on_error=False)
         else:
             # Misleading here: the weights after a step are the ones to keep, and batches are addressed by step, so
-            # they resume in mid-epoch. The last is about code of Lightning's own.
+            # they resume in mid-epoch; no validation role is a choice. The last is about code of Lightning's own.
             warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
             _lightning(None if args is None else arguments)
     except Exception as error:

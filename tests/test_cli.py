@@ -24,14 +24,7 @@ def here(tmp_path, monkeypatch):
 
 def arguments(verb="fit", parts=PARTS, *more):
     files = [word for part in parts for word in ("-c", str(ROOT / "configs" / f"{part}.yaml"))]
-    quiet = [
-        "--trainer.callbacks+",
-        "TQDMProgressBar",
-        "--trainer.callbacks.refresh_rate",
-        "0",
-        "--trainer.accelerator",
-        "cpu",
-    ]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
     return [verb, *files, *quiet, *more]
 
 
@@ -68,7 +61,7 @@ def test_a_trained_run_is_tested_validated_predicted_and_loaded(here, capsys):
     first = json.loads((here / "runs" / "version_0" / "privacy_card.json").read_text())["metrics"]["test/accuracy"]
     for verb in ("test", "validate", "predict"):
         main([*arguments(verb), "--ckpt_path", str(checkpoint)])
-    assert f"{first:.6f}"[:8] in capsys.readouterr().out
+    assert str(first)[:7] in capsys.readouterr().out
     assert module.net.linear.weight.abs().sum() > 0
 
 
@@ -81,7 +74,8 @@ def test_resume_from_last(here):
 
 
 def test_one_privacy_section_serves_model_data_and_trainer(here, capsys):
-    main([*short(), "--print_config"])
+    with pytest.raises(SystemExit):
+        main([*short(), "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["privacy"]["steps"] == 4
     with pytest.raises(SystemExit, match=r'must be given via "privacy.steps"'):

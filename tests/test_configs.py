@@ -38,10 +38,16 @@ def files(*paths):
 
 
 SMALL = [
-    "--privacy.num_examples=190", "--privacy.expected_batch_size=8", "--privacy.steps=2", "--privacy.noise_multiplier=1",
-    "--data.init_args.audit=10", "--model.init_args.physical_batch_size=8", "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
-]  # fmt: skip
+    "--privacy.num_examples=190",
+    "--privacy.expected_batch_size=8",
+    "--privacy.steps=2",
+    "--privacy.noise_multiplier=1",
+    "--data.init_args.audit=10",
+    "--model.init_args.physical_batch_size=8",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
+from tqdm import tqdm
 
 from lightning_dp.errors import ConfigError
 
@@ -71,7 +70,7 @@ def _decode_all(files: Sequence[Path], image_size: int, path: Path, name: str) -
     # threads serve: PIL releases the interpreter lock while it decodes and resizes
     with ThreadPoolExecutor() as pool:
         done = pool.map(store, range(len(files)))
-        for _ in track(done, f"decoding {name}", total=len(files), console=Console(stderr=True), transient=True):
+        for _ in tqdm(done, desc=f"decoding {name}", total=len(files), leave=False):
             pass
     array.flush()
 

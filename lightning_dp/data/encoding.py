@@ -1,9 +1,8 @@
 """Frozen features: an encoder applied once to every record, before any training."""
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lightning_dp.data.records import Records
 from lightning_dp.data.transforms import Normalize
@@ -33,12 +32,7 @@ def encode(
     encoder.to(device).float().eval()
     starts = range(0, max(len(records), 1), batch_size)  # an empty role keeps the features' shape
     features: Tensor | None = None
-    for start in track(
-        starts,
-        description="encoding",
-        console=Console(stderr=True),
-        disable=len(records) <= _SHOW_PROGRESS_FROM,
-    ):
+    for start in tqdm(starts, desc="encoding", leave=False, disable=len(records) <= _SHOW_PROGRESS_FROM):
         images = records.images[start : start + batch_size].to(device)
         batch = encoder(normalize(images)).float().cpu()
         if features is None:

@@ -5,6 +5,8 @@ entry of the ledger and one ``global_step``; physical chunks are a loop inside t
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -56,18 +58,19 @@ class DPModule(Classifier, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One release: bound every record, sum, add noise and record it, update."""
         images, labels = batch
-        step = self.trainer.global_step
+        step, rank = self.trainer.global_step, self.trainer.global_rank
         coins = self.record_coins(len(labels), self.mechanism.randomness.numpy("augment", step))
-        total = clipped_sum(
-            self.contribution,
-            (images, coins, labels),
-            self.template(),
-            max_norm=self.mechanism.config.max_norm,
-            clipping=self.mechanism.config.clipping,
-            chunk=self.physical_batch_size,
-            prepare=self.prepare,
-        )
-        self.update(self.mechanism.release(total, step, self.trainer.global_rank, self.sum_over_ranks))
+        with self._secret_coins(step, rank):
+            total = clipped_sum(
+                self.contribution,
+                (images, coins, labels),
+                self.template(),
+                max_norm=self.mechanism.config.max_norm,
+                clipping=self.mechanism.config.clipping,
+                chunk=self.physical_batch_size,
+                prepare=self.prepare,
+            )
+        self.update(self.mechanism.release(total, step, rank, self.sum_over_ranks))
 
     @property
     def mechanism(self) -> Mechanism:
@@ -139,6 +142,18 @@ class DPModule(Classifier, ABC):
         if self._mechanism is not None:
             self._mechanism.ledger.close()
 
+    @contextmanager
+    def _secret_coins(self, step: int, rank: int) -> Iterator[None]:
+        """Dropout and its like draw from the mechanism's key, not from the public ``seed_everything``.
+
+        Their masks go by place in the batch. Known masks would let one record less shift those of all records after
+        it, and the sum would move by more than the clip norm; unknown, independent masks are part of the mechanism.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.mechanism.randomness.torch_seed(f"dropout of rank {rank}", step))
+            yield
+
     def _start_mechanism(self) -> None:
         if self.privacy is None:
             raise ConfigError(
@@ -148,7 +163,9 @@ class DPModule(Classifier, ABC):
             self._find_ledger(self._previous["ledger"])
         if self._mechanism is None:
             self._mechanism = Mechanism(self.privacy, self._previous)
-        elif self._previous is not None and self._previous["ledger"]["run"] != self._mechanism.ledger.run:
+            return
+        self._mechanism.renew_randomness()
+        if self._previous is not None and self._previous["ledger"]["run"] != self._mechanism.ledger.run:
             raise ConfigError(
                 "this module has spent from one ledger and the checkpoint from another: make a new module"
             )

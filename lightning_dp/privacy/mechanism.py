@@ -145,7 +145,7 @@ class Mechanism:
         self.noise_multiplier = self._calibrated() if previous is None else self._continued(previous)
         self._planned = config.steps if previous is None else int(previous["config"]["steps"])
         self._release = Release(self.noise_multiplier, config.sample_rate)
-        self.randomness = Randomness.from_seed(config.seed, config.secure)
+        self.renew_randomness()
         self._most = 0
         self.renew_allowance()
         if previous is None and self._most < 1:
@@ -192,6 +192,13 @@ class Mechanism:
         if self.noise_multiplier == 0:
             return 0.0
         return self.noise_multiplier * self.config.max_norm / self.config.expected_batch_size
+
+    def renew_randomness(self) -> None:
+        """Take a fresh key, for a fit that counts its steps from 0 again: no noise vector is ever used twice.
+
+        A configured seed gives the same streams again, one more reason why it is not for releases.
+        """
+        self.randomness = Randomness.from_seed(self.config.seed, self.config.secure)
 
     def renew_allowance(self) -> None:
         """Work out how many releases the ledger may hold; after the ledger has grown from outside."""

@@ -67,10 +67,13 @@ class Randomness:
             ) from error
         return np.random.Generator(ChaCha(key=int.from_bytes(digest, "little"), rounds=20))
 
+    def torch_seed(self, purpose: str, step: int) -> int:
+        """64 bits of the stream (purpose, step), for coins that PyTorch's own modules draw (dropout)."""
+        return int.from_bytes(self._digest(purpose, step)[:8], "little") - 2**63
+
     def cuda(self, purpose: str, step: int, device: torch.device) -> torch.Generator:
         """Philox generator of the stream (purpose, step) on a CUDA device; all 64 bits of its seed count."""
-        seed = int.from_bytes(self._digest(purpose, step)[:8], "little")
-        return torch.Generator(device).manual_seed(seed - 2**63)
+        return torch.Generator(device).manual_seed(self.torch_seed(purpose, step))
 
     def describe(self) -> str:
         """One line for the privacy card."""

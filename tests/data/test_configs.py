@@ -49,7 +49,7 @@ def test_config_builds_its_classes_and_declares_the_private_size(path):
 def test_every_source_has_a_config():
     named = {yaml.safe_load(path.read_text())["data"]["init_args"]["source"]["class_path"] for path in CONFIGS}
     exported = {name for name, value in vars(data).items() if isinstance(value, type) and issubclass(value, Source)}
-    assert named == {name for name in exported - {Source.__name__, DecodedSource.__name__}}
+    assert named == exported - {Source.__name__, DecodedSource.__name__}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 
@@ -177,3 +177,53 @@ def test_nothing_private_is_logged(tmp_path):
     fit(tmp_path, module, callbacks=[PrivacyBudget(1)], logger=True)
     shown = {*module.trainer.logged_metrics, *module.trainer.callback_metrics, *module.trainer.progress_bar_metrics}
     assert shown == {"privacy/epsilon", "privacy/steps_left"}
+
+
+class Noises(Callback):
+    """Keeps the released gradients of a run on zero records: noise and nothing else."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append(torch.cat([value.grad.flatten() for value in pl_module.net.parameters()]))
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_no_noise_is_used_twice_over_two_fits_of_one_module(tmp_path, secure):
+    """Steps are counted from 0 again, so the streams need a fresh key: equal noise would cancel."""
+    module = make_module(dataclasses.replace(PRIVACY, seed=None, noise_multiplier=1000.0, secure=secure))
+    first, second = Noises(), Noises()
+    fit(tmp_path / "a", module, callbacks=[first])
+    fit(tmp_path / "b", module, callbacks=[second])
+    for early in first.seen:
+        for late in second.seen:
+            assert abs(torch.corrcoef(torch.stack([early, late]))[0, 1]) < 0.25
+
+
+def test_dropout_masks_do_not_follow_the_public_seed(tmp_path):
+    """Two real runs with equal public seeds and no noise: batches are equal (full), so only masks can differ."""
+    privacy = dataclasses.replace(
+        PRIVACY, seed=None, num_examples=1237, expected_batch_size=1237, noise_multiplier=0.0, steps=1
+    )
+
+    def run(folder):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+        torch.manual_seed(0)
+        return weights(fit(folder, make_module(privacy, net=net)))
+
+    assert (run(tmp_path / "a") - run(tmp_path / "b")).abs().max() > 1e-6
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path):
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+    module, data = make_module(net=net), make_data()
+    states = []
+
+    class States(Callback):
+        def on_train_batch_start(self, *_):
+            states.append(torch.get_rng_state())
+
+    fit(tmp_path, module, data, callbacks=[States()])
+    assert all(torch.equal(state, states[0]) for state in states)
