@@ -36,7 +36,7 @@ types:
 	$(BIN)/mypy
 
 docs:  ## build the site into site/, strictly
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 fast:
 	$(THREADS) $(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -17,14 +17,14 @@ class PrivacyBudget(Callback):
     the start and at the end of the fit.
 
     Args:
-        log_every_n_steps: steps between two values; an accounting takes 0.1 to 1 s.
+        log_every_n_steps: steps between two values; an accounting takes 0.1 to 1 s. None logs twenty values a run.
 
     Raises:
         ConfigError: ``log_every_n_steps`` below 1.
     """
 
-    def __init__(self, log_every_n_steps: int = 50) -> None:
-        if log_every_n_steps < 1:
+    def __init__(self, log_every_n_steps: int | None = None) -> None:
+        if log_every_n_steps is not None and log_every_n_steps < 1:
             raise ConfigError(f"PrivacyBudget.log_every_n_steps {log_every_n_steps} must be at least 1")
         self.log_every_n_steps = log_every_n_steps
 
@@ -45,7 +45,8 @@ class PrivacyBudget(Callback):
         if not isinstance(pl_module, DPModule):
             return
         left = pl_module.mechanism.releases_left
-        if trainer.global_step % self.log_every_n_steps == 0 or left == 0:
+        every = self.log_every_n_steps or max(1, pl_module.mechanism.config.steps // 20)
+        if trainer.global_step % every == 0 or left == 0:
             values = {
                 "privacy/epsilon": pl_module.mechanism.epsilon(),
                 "privacy/steps_left": float(left),

@@ -55,3 +55,9 @@ def test_is_silent_without_a_mechanism(tmp_path):
 def test_refuses_an_impossible_interval():
     with pytest.raises(ConfigError, match="log_every_n_steps 0"):
         PrivacyBudget(0)
+
+
+def test_by_default_it_logs_twenty_values_a_run(tmp_path):
+    privacy = dataclasses.replace(PRIVACY, steps=40)
+    fit(tmp_path, make_module(privacy), callbacks=[PrivacyBudget()], logger=CSVLogger(tmp_path, "", ""), max_steps=40)
+    assert len([row for row in logged(tmp_path) if row["privacy/epsilon"]]) == 20
