@@ -17,7 +17,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     assert blocks
     for block in blocks:
         exec(compile(block, page, "exec"), {"__name__": "__main__"})
-    assert list(tmp_path.glob("**/ledger*.jsonl"))
+    # The block of docs/add_a_method.md asserts its three releases itself, in a folder of its own.
+    assert list(tmp_path.glob("**/ledger*.jsonl")) or page != "README.md"
 
 
 def test_every_test_named_in_the_docs_exists():
