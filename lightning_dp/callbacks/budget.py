@@ -56,8 +56,16 @@ class PrivacyBudget(Callback):
             # Straight to the loggers: Lightning would repeat a value at every step until the next one is due.
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
-            for name in ("privacy/epsilon", "privacy/steps_left"):
-                pl_module.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
+            for name, value in self._shown(pl_module, values).items():
+                pl_module.log(name, value, prog_bar=True, logger=False, batch_size=1)
+
+    @staticmethod
+    def _shown(module: DPModule, values: dict[str, float]) -> dict[str, float]:
+        """What the progress bar shows; epsilon never without what it means."""
+        config = module.mechanism.config
+        epsilon = f"epsilon({config.delta:g}, {config.adjacency}, {config.accountant})"
+        left, sigma = values["privacy/steps_left"], values["privacy/noise_multiplier"]
+        return {epsilon: values["privacy/epsilon"], "sigma": sigma, "steps_left": left}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the run has spent."""

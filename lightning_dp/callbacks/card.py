@@ -92,7 +92,7 @@ def make_card(trainer: Trainer, module: DPModule) -> dict[str, Any]:
         "steps": config.steps,
         "releases": [[r.noise_multiplier, r.sample_rate, r.count] for r in mechanism.ledger.releases],
         "ledger": None if mechanism.ledger.path is None else mechanism.ledger.path.name,
-        "rng": mechanism.randomness.describe(),
+        "rng": "; then ".join(mechanism.rng_history),
         "claims": [],
         "outside_the_guarantee": _outside(private_validation),
         "metrics": _metrics(trainer),

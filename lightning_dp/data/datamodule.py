@@ -1,6 +1,7 @@
 """The data of a run: who is private, public, held out; and every loader."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,6 +167,23 @@ class DPDataModule(LightningDataModule):
             "validation_is_private": self.validation_is_private,
             "encoder": None if self.encoder is None else type(self.encoder).__name__,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which split the run was trained on, for its checkpoints; no figure of the private role."""
+        digest = None if self._roles is None else self._roles.public_digest()
+        return {"source": self.source.name, "split_settings": asdict(self.split_settings), "split_digest": digest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on training on another split: records could change sides.
+
+        Raises:
+            ConfigError: the checkpoint was trained on another split.
+        """
+        if self.trainer is not None and self.trainer.state.fn == "fit" and state_dict != self.state_dict():
+            raise ConfigError(
+                "the checkpoint was trained on another split, so private records could now be public or audited: use "
+                "its data.source, split_seed, audit, public_per_class, public and validation_private"
+            )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Poisson batches of the private role, uint8 (or features), possibly empty; one per optimizer step.

@@ -85,6 +85,8 @@ class Classifier(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule so that checkpoints carry it; `step_optimizer` steps both."""
+        if not self.trainable():
+            raise ConfigError("model.net has no parameter to train: unfreeze one")
         optimizer = self.make_optimizer(iter(self.trainable().values()))
         if self.make_scheduler is None:
             return optimizer

@@ -19,7 +19,7 @@ from torch.func import grad
 from lightning_dp.errors import ConfigError
 from lightning_dp.methods.base import Batch, Classifier
 from lightning_dp.methods.refusals import check_loader
-from lightning_dp.privacy import Mechanism, PrivacyConfig, clipped_sum
+from lightning_dp.privacy import Ledger, Mechanism, PrivacyConfig, clipped_sum
 from lightning_dp.privacy.clipping import Tensors
 
 
@@ -60,6 +60,7 @@ class DPModule(Classifier, ABC):
         images, labels = batch
         step, rank = self.trainer.global_step, self.trainer.global_rank
         coins = self.record_coins(len(labels), self.mechanism.randomness.numpy("augment", step))
+        buffers = _buffer_versions(self.net)
         with self._secret_coins(step, rank):
             total = clipped_sum(
                 self.contribution,
@@ -69,6 +70,11 @@ class DPModule(Classifier, ABC):
                 clipping=self.mechanism.config.clipping,
                 chunk=self.physical_batch_size,
                 prepare=self.prepare,
+            )
+        if _buffer_versions(self.net) != buffers:
+            raise ConfigError(
+                "the network writes to its own buffers in the forward pass, so records see each other and the buffers "
+                "are released without noise: take out running statistics (make_private_ready does for known layers)"
             )
         self.update(self.mechanism.release(total, step, rank, self.sum_over_ranks))
 
@@ -89,24 +95,21 @@ class DPModule(Classifier, ABC):
         return self._mechanism is not None
 
     def configure_optimizers(self) -> Any:
-        """The optimizer; a noise-aware one finds the standard deviation of the noise in its parameter groups."""
+        """The optimizer."""
         # The first hook of a fit after the checkpoint was read: here it is known whether a run is new or continued.
         self._start_mechanism()
-        configured = super().configure_optimizers()
-        optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
-        for group in optimizer.param_groups:
-            group["noise_std"] = self.mechanism.noise_std_of_mean
-        return configured
+        return super().configure_optimizers()
 
     def on_train_start(self) -> None:
         """Check the live loader, take hold of the ledger's file, and work out what may still be released."""
         trainer, mechanism = self.trainer, self.mechanism
         check_loader(trainer.train_dataloader, mechanism.config, trainer.global_rank, trainer.world_size)
-        folder = trainer.log_dir  # asks rank 0, so every rank has to ask
-        if trainer.is_global_zero:
-            mechanism.ledger.open(Path(folder or trainer.default_root_dir))
-        mechanism.ledger.releases = trainer.strategy.broadcast(mechanism.ledger.releases)
-        mechanism.renew_allowance()
+        if self.datamodule.privacy != mechanism.config:
+            raise ConfigError(
+                "DPDataModule and the model have different privacy sections, so batches would not be the accounted "
+                "ones: give both the same"
+            )
+        self._attach(mechanism)
         planned = mechanism.planned_releases(trainer.global_step)
         if (missing := mechanism.config.steps - trainer.global_step - planned) > 0:
             lost = len(mechanism.ledger) - trainer.global_step
@@ -159,25 +162,38 @@ class DPModule(Classifier, ABC):
             raise ConfigError(
                 "no privacy section: set privacy.epsilon, privacy.delta and the rest, or use the SGD class"
             )
-        if self._previous is not None:
-            self._find_ledger(self._previous["ledger"])
         if self._mechanism is None:
-            self._mechanism = Mechanism(self.privacy, self._previous)
+            mechanism = Mechanism(self.privacy, self._previous)
+            if self._previous is not None:
+                self._find_ledger(mechanism.ledger)
+                # Before anybody asks what was spent: the file may know of more releases than the checkpoint.
+                self._attach(mechanism)
+            self._mechanism = mechanism
             return
+        if self._mechanism.config != self.privacy:
+            raise ConfigError("the privacy section changed between two fits of one module: make a new module")
         self._mechanism.renew_randomness()
         if self._previous is not None and self._previous["ledger"]["run"] != self._mechanism.ledger.run:
             raise ConfigError(
                 "this module has spent from one ledger and the checkpoint from another: make a new module"
             )
 
-    def _find_ledger(self, ledger: dict[str, Any]) -> None:
+    def _attach(self, mechanism: Mechanism) -> None:
+        """Open the ledger's file on rank 0, tell all ranks what it holds, and work out what may still be released."""
+        folder = self.trainer.log_dir  # asks rank 0, so every rank has to ask
+        if self.trainer.is_global_zero:
+            mechanism.ledger.open(Path(folder or self.trainer.default_root_dir))
+        mechanism.ledger.releases = self.trainer.strategy.broadcast(mechanism.ledger.releases)
+        mechanism.renew_allowance()
+
+    def _find_ledger(self, ledger: Ledger) -> None:
         """Follow a run that was moved as a whole: its ledger lies beside the folder of its checkpoints."""
         checkpoint = self.trainer.ckpt_path
-        if ledger["path"] is None or Path(ledger["path"]).is_file() or checkpoint is None:
+        if ledger.path is None or ledger.path.is_file() or checkpoint is None:
             return
-        moved = Path(checkpoint).parent.parent / Path(ledger["path"]).name
+        moved = Path(checkpoint).parent.parent / ledger.path.name
         if moved.is_file():
-            ledger["path"] = str(moved)
+            ledger.path = moved
 
     def _stop_when_spent(self) -> bool:
         if self.mechanism.releases_left >= 1:
@@ -209,6 +225,13 @@ class GradientModule(DPModule, ABC):
 
     @final
     def update(self, mean: Tensors) -> None:
-        """Optimizer and schedule, one step."""
+        """Optimizer and schedule, one step; a noise-aware optimizer finds the noise in its parameter groups."""
+        for group in self.trainer.optimizers[0].param_groups:
+            group["noise_std"] = self.mechanism.noise_std_of_mean
         with torch.no_grad():
             self.step_optimizer(mean)
+
+
+def _buffer_versions(net: nn.Module) -> list[tuple[int, int]]:
+    """Changes when a buffer is written to, or replaced by another tensor."""
+    return [(id(buffer), buffer._version) for buffer in net.buffers()]

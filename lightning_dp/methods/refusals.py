@@ -7,6 +7,7 @@ from pytorch_lightning.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    ThroughputMonitor,
 )
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
@@ -57,7 +58,8 @@ def check_loader(loader: object, privacy: PrivacyConfig, rank: int, world_size: 
 
 
 def _check_gradients(trainer: Trainer) -> None:
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    # By exact class: DeepSpeed's and XLA's are subclasses of DDP's.
+    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
         raise ConfigError(
             f"trainer.strategy {type(trainer.strategy).__name__} splits the parameters, so a record's norm is not "
             "known on any device: use auto or ddp"
@@ -84,7 +86,8 @@ def _check_batches(trainer: Trainer) -> None:
             "trainer.overfit_batches repeats a batch and evaluates on private records: remove it and train on the "
             "digits data to debug"
         )
-    if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+    limited = trainer.limit_train_batches != 1.0 or isinstance(trainer.limit_train_batches, int)
+    if limited and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise ConfigError(
             f"trainer.limit_train_batches {trainer.limit_train_batches} ends epochs early: remove it and set "
             "privacy.steps"
@@ -100,6 +103,8 @@ def _check_callbacks(trainer: Trainer, validation_is_private: bool) -> None:
             )
         if isinstance(callback, GradientAccumulationScheduler):
             raise ConfigError("GradientAccumulationScheduler: remove it and set privacy.expected_batch_size")
+        if isinstance(callback, ThroughputMonitor):
+            raise ConfigError("ThroughputMonitor logs the sizes of the batches, which are private: remove it")
         monitor = callback.monitor if isinstance(callback, EarlyStopping | ModelCheckpoint) else None
         if monitor is not None and (monitor.startswith("private") or (validation_is_private and "val" in monitor)):
             raise ConfigError(

@@ -83,15 +83,18 @@ def clipped_sum(
     size = sum(value.numel() for value in template.values())
     total = torch.zeros(size, dtype=dtype, device=next(iter(template.values())).device)
     per_record = vmap(fn, randomness="different")
+    device = total.device.type
     for part in zip(*(torch.split(tensor, chunk) for tensor in records), strict=True):
         if part[0].shape[0] == 0:
             continue
         values = per_record(*(part if prepare is None else prepare(*part)))
-        flat = torch.cat([values[name].flatten(1).to(dtype) for name in template], dim=1)
-        factors = clip_factors(record_norms(flat), max_norm, clipping)
-        # 0 * inf is NaN: a refused record has to be masked, not multiplied.
-        flat.masked_fill_((factors == 0)[:, None], 0.0)
-        total += factors @ flat
+        # ``fn`` may run in bfloat16 by autocast; a bound that is rounded to bfloat16 would be crossed.
+        with torch.autocast(device, enabled=False):
+            flat = torch.cat([values[name].flatten(1).to(dtype) for name in template], dim=1)
+            factors = clip_factors(record_norms(flat), max_norm, clipping)
+            # 0 * inf is NaN: a refused record has to be masked, not multiplied.
+            flat.masked_fill_((factors == 0)[:, None], 0.0)
+            total += factors @ flat
     return unflatten(total, template)
 
 

@@ -30,23 +30,27 @@ class Ledger:
         self.path = path
         # A bare descriptor, so that a module that owns the ledger can still be deep-copied (weight averaging does).
         self._file: int | None = None
+        self._size = 0
 
     def __len__(self) -> int:
         return sum(release.count for release in self.releases)
 
     def record(self, release: Release) -> None:
-        """Add ``release``, to the file first."""
+        """Add ``release``, to the file first.
+
+        Raises:
+            ConfigError: another process has written to the file since; nothing was recorded.
+            OSError: the disk is full; a torn line may be left behind, which counts.
+        """
         if self._file is not None:
-            line = {"noise_multiplier": release.noise_multiplier, "sample_rate": release.sample_rate}
-            os.write(self._file, (json.dumps({**line, "count": release.count}) + "\n").encode())
-            os.fsync(self._file)
+            self._append([release])
         self.releases = merge([*self.releases, release])
 
     def open(self, folder: Path) -> None:
-        """Attach the run's file, new below ``folder`` if it has none yet, and hold it until `close`.
+        """Attach the run's file, new below ``folder`` if it has none yet.
 
         Raises:
-            ConfigError: the file of an earlier run is missing or belongs to another run, or a running process holds it.
+            ConfigError: the file of an earlier run is missing or belongs to another run.
         """
         if self._file is not None:
             return
@@ -58,24 +62,39 @@ class Ledger:
                 "put the file back (or beside the checkpoint's folder), or train anew"
             )
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.close()
-            raise ConfigError(f"another process is spending from the ledger {self.path}: wait until it ends") from error
-        self._take_in_the_file()
-        if not self.path.read_bytes().endswith(b"\n"):
-            os.write(self._file, b"\n")  # or the next release would be glued to a torn line and lost with it
-
-    def _take_in_the_file(self) -> None:
-        assert self.path is not None
         run, written = read(self.path)
         if run != self.run:
             self.close()
             raise ConfigError(f"the ledger {self.path} belongs to run {run}, the checkpoint to {self.run}: use its own")
-        # The checkpoint may be older than the file, never the other way round: the longer record is the truth.
-        if sum(release.count for release in written) > len(self):
+        self._size = self.path.stat().st_size
+        if not self.path.read_bytes().endswith(b"\n"):
+            self._write(b"\n")  # or the next release would be glued to a torn line and lost with it
+        # File and checkpoint can each be the older one; the longer record is the truth, and both get it.
+        missing = len(self) - sum(release.count for release in written)
+        if missing > 0:
+            last = self.releases[-1]
+            self._append([Release(last.noise_multiplier, last.sample_rate, missing)])
+        else:
             self.releases = merge(written)
+
+    def _append(self, releases: Sequence[Release]) -> None:
+        self._write("".join(json.dumps(_row(release)) + "\n" for release in releases).encode())
+
+    def _write(self, data: bytes) -> None:
+        """Append ``data`` and wait for the disk, unless somebody else has written since our last line."""
+        assert self._file is not None
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            if os.fstat(self._file).st_size != self._size:
+                raise ConfigError(
+                    f"another process is spending from the ledger {self.path}: stop one of them and resume the other"
+                )
+            self._size += len(data)
+            while data:
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -128,11 +147,25 @@ def _parse(line: str) -> Release | None:
         return None
 
 
+def _row(release: Release) -> dict[str, float]:
+    return {
+        "noise_multiplier": release.noise_multiplier,
+        "sample_rate": release.sample_rate,
+        "count": release.count,
+    }
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the name of a new file is on the disk, not only its bytes."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def _create(folder: Path, run: str, releases: Sequence[Release]) -> Path:
     """A new file named after nothing that exists, with its header and what was released before."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"noise_multiplier": r.noise_multiplier, "sample_rate": r.sample_rate, "count": r.count} for r in releases]
-    text = "".join(json.dumps(row) + "\n" for row in [{"ledger": 1, "run": run}, *rows])
+    text = "".join(json.dumps(row) + "\n" for row in [{"ledger": 1, "run": run}, *map(_row, releases)])
     for number in range(10_000):
         path = folder / ("ledger.jsonl" if number == 0 else f"ledger-{number}.jsonl")
         try:
@@ -142,5 +175,6 @@ def _create(folder: Path, run: str, releases: Sequence[Release]) -> Path:
                 os.fsync(file.fileno())
         except FileExistsError:
             continue
+        _sync_folder(folder)
         return path.resolve()
     raise ConfigError(f"{folder} holds 10,000 ledgers: choose another --trainer.logger.init_args.save_dir")

@@ -21,6 +21,9 @@ from lightning_dp.privacy.clipping import Clipping, Tensors, flatten, unflatten
 from lightning_dp.privacy.ledger import Ledger
 from lightning_dp.privacy.randomness import Randomness
 
+# Far below it, float32 factors underflow to 0.
+_SMALLEST_NORM = 1e-12
+
 log = logging.getLogger(__name__)
 
 
@@ -92,8 +95,8 @@ class PrivacyConfig:
                 f"privacy.expected_batch_size {self.expected_batch_size} exceeds privacy.num_examples "
                 f"{self.num_examples}: lower it; equal numbers mean full batch"
             )
-        if not self.max_norm > 0 or (self.clipping == "automatic" and math.isinf(self.max_norm)):
-            raise ConfigError("privacy.max_norm must be above 0, and finite with privacy.clipping automatic")
+        if not self.max_norm >= _SMALLEST_NORM or (self.clipping == "automatic" and math.isinf(self.max_norm)):
+            raise ConfigError("privacy.max_norm must be at least 1e-12, and finite with privacy.clipping automatic")
 
     def _check_budget(self) -> None:
         if not 0 < self.delta < 1 / self.num_examples:
@@ -145,6 +148,8 @@ class Mechanism:
         self.noise_multiplier = self._calibrated() if previous is None else self._continued(previous)
         self._planned = config.steps if previous is None else int(previous["config"]["steps"])
         self._release = Release(self.noise_multiplier, config.sample_rate)
+        self._last_step = -1
+        self.rng_history: list[str] = [] if previous is None else list(previous["rng_history"])
         self.renew_randomness()
         self._most = 0
         self.renew_allowance()
@@ -164,15 +169,22 @@ class Mechanism:
 
         Args:
             total: this rank's clipped sum.
-            step: the trainer's step; addresses the noise.
+            step: the trainer's step; addresses the noise, and only grows.
             rank: index of this process. Noise is drawn on rank 0 only, and added before the sum over ranks.
             reduce: sum over ranks of one flat tensor; None for a single process.
 
         Raises:
             BudgetExceededError: the release would cross ``epsilon``; nothing was released.
+            ConfigError: ``step`` was used before, so batch and noise would repeat; nothing was released.
         """
         if self.releases_left < 1:
             raise BudgetExceededError(f"the budget is spent after {len(self.ledger)} releases: {self.summary()}")
+        if step <= self._last_step:
+            raise ConfigError(
+                f"step {step} was released before, so its noise would repeat and cancel: update() must step the "
+                "optimizer once, which moves trainer.global_step"
+            )
+        self._last_step = step
         self.ledger.record(self._release)
         flat = flatten(total)
         if rank == 0:
@@ -199,6 +211,9 @@ class Mechanism:
         A configured seed gives the same streams again, one more reason why it is not for releases.
         """
         self.randomness = Randomness.from_seed(self.config.seed, self.config.secure)
+        self._last_step = -1
+        if self.randomness.describe() not in self.rng_history:
+            self.rng_history.append(self.randomness.describe())
 
     def renew_allowance(self) -> None:
         """Work out how many releases the ledger may hold; after the ledger has grown from outside."""
@@ -253,6 +268,7 @@ class Mechanism:
         return {
             "config": dataclasses.asdict(self.config),
             "noise_multiplier": self.noise_multiplier,
+            "rng_history": self.rng_history,
             "ledger": self.ledger.state_dict(),
         }
 

@@ -11,9 +11,10 @@ from pytorch_lightning.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    ThroughputMonitor,
 )
 from pytorch_lightning.plugins import MixedPrecision
-from pytorch_lightning.strategies import FSDPStrategy
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,10 +28,12 @@ TRAINER = {
     "trainer.gradient_clip_val": {"gradient_clip_val": 1.0},
     "trainer.accumulate_grad_batches": {"accumulate_grad_batches": 2},
     "trainer.limit_train_batches": {"limit_train_batches": 3},
+    "trainer.limit_train_batches 1": {"limit_train_batches": 1},
     "trainer.overfit_batches": {"overfit_batches": 1},
     "trainer.precision bf16-true": {"precision": "bf16-true"},
     "LearningRateFinder": {"callbacks": [LearningRateFinder(num_training_steps=2)]},
     "BatchSizeFinder": {"callbacks": [BatchSizeFinder()]},
+    "ThroughputMonitor": {"callbacks": [ThroughputMonitor(batch_size_fn=len)], "logger": True},
     "GradientAccumulationScheduler": {"callbacks": [GradientAccumulationScheduler({0: 2})]},
     "EarlyStopping monitors private_val/loss": {"callbacks": [EarlyStopping("private_val/loss")]},
     "ModelCheckpoint monitors private_val/accuracy": {
@@ -59,10 +62,11 @@ def test_16_mixed(tmp_path):
     refused("trainer.precision 16-mixed", tmp_path, plugins=[plugin])
 
 
-def test_sharded_strategies(tmp_path):
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_sharded_strategies(tmp_path, strategy):
     trainer = make_trainer(tmp_path)
-    trainer.strategy.__class__ = FSDPStrategy  # FSDP itself needs an accelerator to be constructed
-    with pytest.raises(ConfigError, match="FSDPStrategy splits the parameters"):
+    trainer.strategy.__class__ = strategy  # they need an accelerator, or a package, to be constructed
+    with pytest.raises(ConfigError, match=f"{strategy.__name__} splits the parameters"):
         check_fit(trainer, nn.Linear(1, 1), False)
 
 
@@ -125,6 +129,55 @@ def test_a_data_module_with_another_loader(tmp_path, monkeypatch, method):
 
 def test_data_that_samples_at_another_rate(tmp_path):
     refused("the same privacy section", tmp_path, data=make_data(dataclasses.replace(PRIVACY, expected_batch_size=30)))
+
+
+@pytest.mark.parametrize("changes", [{"seed": None}, {"delta": 7e-5}, {"num_examples": 124, "expected_batch_size": 6}])
+def test_data_and_model_with_different_sections(tmp_path, changes):
+    """A data module with a known seed would make the batches of an unseeded model public."""
+    refused(
+        "different privacy sections", tmp_path, make_module(dataclasses.replace(PRIVACY, **changes)), data=make_data()
+    )
+
+
+def test_a_section_that_changes_between_two_fits(tmp_path):
+    module = fit(tmp_path / "a")
+    module.privacy = dataclasses.replace(PRIVACY, max_norm=5.0)
+    with pytest.raises(ConfigError, match="changed between two fits"):
+        fit(tmp_path / "b", module)
+    assert len(module.mechanism.ledger) == STEPS
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_network_that_keeps_statistics_of_its_own(tmp_path, in_place):
+    class Running(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(1, 64))
+            self.linear = nn.Linear(64, 10)
+
+        def forward(self, images):
+            flat = images.flatten(1)
+            if in_place:
+                self.mean.copy_(flat.detach())
+            else:
+                self.mean = 0.9 * self.mean + 0.1 * flat.detach()
+            return self.linear(flat)
+
+    module = make_module(net=Running(), physical_batch_size=1)
+    with pytest.raises((ConfigError, RuntimeError)):
+        fit(tmp_path, module)
+    assert len(module.mechanism.ledger) == 0
+
+
+def test_an_encoder_that_mixes_records(tmp_path):
+    """Evaluation mode does not help a BatchNorm without running statistics."""
+    encoder = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten())
+    refused("depend on its batch", tmp_path, data=make_data(encoder=encoder))
+
+
+def test_a_network_with_nothing_to_train(tmp_path):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
+    refused("no parameter to train", tmp_path, make_module(net=net))
 
 
 def test_data_made_for_another_rank(tmp_path, monkeypatch):

@@ -13,11 +13,12 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 
+from lightning_dp.callbacks import PrivacyBudget, PrivacyCard
 from lightning_dp.errors import ConfigError
 from lightning_dp.methods import SGD
-from lightning_dp.privacy.accounting import Release
+from lightning_dp.privacy.accounting import Release, epsilon
 from lightning_dp.privacy.ledger import read
-from tests.methods.runs import PRIVACY, STEPS, fit, make_module, weights
+from tests.methods.runs import PRIVACY, STEPS, fit, make_data, make_module, make_trainer, weights
 
 
 def checkpoints(folder, every=5):
@@ -128,6 +129,43 @@ def test_another_mechanism_is_refused(tmp_path, changes):
     path = interrupted(tmp_path / "part")
     with pytest.raises(ConfigError, match=r"privacy\." + next(iter(changes))):
         fit(tmp_path / "rest", make_module(dataclasses.replace(PRIVACY, **changes)), ckpt_path=path)
+
+
+def test_another_split_is_refused(tmp_path):
+    """Records could change sides: private ones would become public, or audited."""
+    path = interrupted(tmp_path / "part")
+    with pytest.raises(ConfigError, match="trained on another split"):
+        fit(tmp_path / "rest", data=make_data(split_seed=5), ckpt_path=path)
+    make_trainer(tmp_path).test(make_module(), datamodule=make_data(split_seed=5), ckpt_path=path, verbose=False)
+
+
+def test_nobody_is_told_less_than_was_released(tmp_path, caplog):
+    """The file knows of 12 releases, the checkpoint of 5: no message and no card may say 5."""
+    path = interrupted(tmp_path / "part")
+    fit(tmp_path / "first", ckpt_path=path)
+    with caplog.at_level("INFO"):
+        fit(tmp_path / "second", ckpt_path=path, callbacks=[PrivacyBudget(), PrivacyCard()])
+    said = [record.getMessage() for record in caplog.records if "spent so far" in record.getMessage()]
+    spent = epsilon([Release(1.0, 60 / 1240, STEPS)], 1e-5)
+    assert f"spent so far: epsilon {spent:.4g} " in said[-1]
+
+    (tmp_path / "part" / "ledger.jsonl").unlink()
+    with pytest.raises(ConfigError, match="is missing"):
+        fit(tmp_path / "third", ckpt_path=path, callbacks=[PrivacyCard()])
+    assert not (tmp_path / "third" / "privacy_card.json").exists()
+
+
+def test_a_run_that_failed_can_go_on_in_the_same_process(tmp_path):
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 7:
+                raise RuntimeError("out of memory")
+
+    failed = make_module()
+    callbacks = [checkpoints(tmp_path), Fails()]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(tmp_path, failed, callbacks=callbacks, enable_checkpointing=True)
+    assert len(fit(tmp_path / "rest", ckpt_path=tmp_path / "last.ckpt").mechanism.ledger) == STEPS + 2
 
 
 def test_loading_the_weights_into_a_new_run_carries_the_ledger_on(tmp_path):

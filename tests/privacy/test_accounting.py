@@ -110,6 +110,17 @@ def test_affordable_steps_is_the_last_that_fits():
     assert affordable_steps([Release(0.3, 0.5, 1)], release, 1.5, 1e-5, most=10) == 0
 
 
+def test_replace_one_counts_in_every_function():
+    one, twice = Release(4.0, 1.0, 3), Release(2.0, 1.0, 3)
+    replaced = epsilon([one], 1e-5, "replace_one", "rdp")
+    assert replaced == pytest.approx(epsilon([twice], 1e-5, "add_remove", "rdp"))
+    assert second_opinion([one], 1e-5, "replace_one", "rdp")[0] == second_opinion([twice], 1e-5, "add_remove", "rdp")[0]
+    release = Release(1.0, 0.01)
+    fewer = affordable_steps([], release, 1.0, 1e-5, 1000, "replace_one")
+    assert epsilon([Release(1.0, 0.01, fewer)], 1e-5, "replace_one") <= 1.0
+    assert fewer < affordable_steps([], release, 1.0, 1e-5, 1000)
+
+
 def test_second_opinion_is_another_accountant():
     releases = [Release(1.0, 0.01, 1000)]
     value, name = second_opinion(releases, 1e-5, "add_remove", "pld")

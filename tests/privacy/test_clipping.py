@@ -57,6 +57,21 @@ def test_neighbouring_batches_differ_by_at_most_max_norm(net, batch, clipping):
         assert (whole - gradient_sum(net, (replaced, labels), clipping=clipping)).norm() <= 2 * MAX_NORM
 
 
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+def test_neighbours_differ_by_at_most_max_norm_under_autocast(clipping):
+    """A sum in bfloat16 would round each record to 8 bits, and to nothing beside a large sum."""
+    rows = torch.full((1001, 50), 3.7)
+
+    def total(part):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return clipped_sum(
+                lambda row: {"w": row}, (part,), {"w": rows[0]}, max_norm=1.0, chunk=2000, clipping=clipping
+            )["w"]
+
+    difference = (total(rows) - total(rows[1:])).norm()
+    assert 0.99 < difference <= 1.0 + 1e-4
+
+
 def test_a_long_float32_record_stays_inside_the_ball():
     """A plain float32 norm of one long row comes out too small, and the clipped row too long."""
     row = torch.randn(1, 3_000_000, generator=torch.Generator().manual_seed(0))

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 
 import pytest
 
@@ -59,6 +60,8 @@ def test_a_shortened_file_never_lowers_the_total(ledger):
     resumed.open(ledger.path.parent)
     assert len(resumed) == 2
     resumed.close()
+    # The file is brought up to date, or the next resume from the same checkpoint would count too little.
+    assert read(ledger.path)[1] == (Release(1.5, 0.1, 2),)
 
 
 def test_a_missing_file_is_refused(ledger):
@@ -84,8 +87,38 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
 
 def test_two_processes_cannot_spend_from_one_ledger(ledger):
     second = Ledger.from_state_dict(ledger.state_dict())
-    with pytest.raises(ConfigError, match="another process"):
-        second.open(ledger.path.parent)
+    second.open(ledger.path.parent)
+    ledger.record(ONE)
+    with pytest.raises(ConfigError, match="another process is spending"):
+        second.record(ONE)
+    assert len(second) == 0
+    second.close()
+    assert read(ledger.path)[1] == (ONE,)
+
+
+def test_a_line_is_synced_to_the_disk(ledger, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    ledger.record(ONE)
+    assert len(synced) == 1
+
+
+def test_a_line_that_is_written_in_pieces_is_whole(ledger, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:7]))
+    ledger.record(ONE)
+    ledger.record(ONE)
+    assert read(ledger.path)[1] == (Release(1.5, 0.1, 2),)
+
+
+def test_a_full_disk_stops_before_anything_is_recorded(ledger, monkeypatch):
+    def full(file, data):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="no space"):
+        ledger.record(ONE)
+    assert len(ledger) == 0
 
 
 def test_runs_in_one_folder_have_files_of_their_own(ledger, tmp_path):

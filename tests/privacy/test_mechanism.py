@@ -55,6 +55,40 @@ def test_the_budget_holds_without_any_trainer():
     assert len(mechanism.ledger) == 5
 
 
+def test_a_step_is_released_once():
+    """The same address would give the same noise, and the difference of two releases the exact difference of sums."""
+    mechanism = Mechanism(CONFIG)
+    release(mechanism, 3)
+    for step in (3, 2):
+        with pytest.raises(ConfigError, match=f"step {step} was released before"):
+            release(mechanism, step)
+    assert len(mechanism.ledger) == 1
+    mechanism.renew_randomness()
+    release(mechanism, 0)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "prv"])
+def test_the_budget_holds_under_replace_one(accountant):
+    config = dataclasses.replace(CONFIG, adjacency="replace_one", accountant=accountant)
+    mechanism = Mechanism(config)
+    for step in range(5):
+        release(mechanism, step)
+    expected = epsilon([Release(mechanism.noise_multiplier, 0.1, 5)], 1e-5, "replace_one", accountant)
+    assert mechanism.epsilon() == expected
+    assert 0.99 * 2.0 <= expected <= 2.0
+    assert mechanism.releases_left == 0
+    assert mechanism.noise_multiplier > Mechanism(CONFIG).noise_multiplier
+
+
+def test_where_the_noise_came_from_is_never_forgotten():
+    """A run that began under a fixed seed stays marked, however it goes on."""
+    state = Mechanism(CONFIG).state_dict()
+    resumed = Mechanism(dataclasses.replace(CONFIG, seed=None, secure=True), state)
+    assert "NOT FOR RELEASE" in resumed.rng_history[0]
+    assert "ChaCha20" in resumed.rng_history[1]
+    assert resumed.state_dict()["rng_history"] == resumed.rng_history
+
+
 def test_given_sigma_stops_where_epsilon_is_reached():
     config = dataclasses.replace(CONFIG, noise_multiplier=1.0, steps=500)
     mechanism = Mechanism(config)
@@ -123,6 +157,7 @@ def test_another_sigma_is_refused_on_resume():
         ({"epsilon": float("nan")}, "privacy.epsilon"),
         ({"noise_multiplier": -1.0}, "privacy.noise_multiplier"),
         ({"max_norm": 0.0}, "privacy.max_norm"),
+        ({"max_norm": 1e-26}, "privacy.max_norm"),
         ({"max_norm": float("inf"), "noise_multiplier": 1.0}, "privacy.max_norm is infinite"),
         ({"max_norm": float("inf")}, "privacy.max_norm is infinite"),
         ({"max_norm": float("inf"), "noise_multiplier": 0.0, "clipping": "automatic"}, "finite with"),

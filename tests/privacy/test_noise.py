@@ -56,6 +56,14 @@ def test_only_rank_zero_draws_noise():
     assert not torch.equal(mechanism().release(zeros, 0, rank=0)["a"], zeros["a"])
 
 
+def test_noise_on_a_device_has_the_same_law():
+    """The CUDA path, on a generator of the CPU."""
+    drawn = noise.gaussian_on(SIZE, 0.91, torch.Generator().manual_seed(0)).numpy()
+    assert kstest(drawn, "norm", args=(0, 0.91)).pvalue > 1e-3
+    for wrong in (0.97, 1.03):
+        assert kstest(drawn, "norm", args=(0, 0.91 * wrong)).pvalue < 1e-3
+
+
 def test_streams_use_more_than_32_bits_of_the_key():
     """PyTorch's CPU generator does not, which is why it is not used."""
     low, high = Randomness((5).to_bytes(32, "little")), Randomness((5 + 2**32).to_bytes(32, "little"))
