@@ -85,8 +85,8 @@ def explain(message: str) -> str:
     if not unknown:
         return " ".join(message.split())
     setting = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
-    known = [name for module in _NAMED for name, value in vars(module).items() if isinstance(value, type)]
-    near = difflib.get_close_matches(unknown[-1].rsplit(".", 1)[-1], known, n=3, cutoff=0.4)
+    known = {name for module in _NAMED for name, value in vars(module).items() if isinstance(value, type)}
+    near = difflib.get_close_matches(unknown[-1].rsplit(".", 1)[-1], sorted(known), n=3, cutoff=0.4)
     return f"--{setting}: there is no class {unknown[-1]}; nearest: {', '.join(near) or 'none'}"
 
 

@@ -34,9 +34,9 @@ torch.save(metrics, folder / f"metrics{trainer.global_rank}.pt")
 ROOT = Path(__file__).parents[2]
 
 
-def run_two(folder, workers=0, ckpt=""):
+def run_two(folder, workers=0, ckpt="", script=SCRIPT):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "script.py").write_text(SCRIPT)
+    (folder / "script.py").write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "script.py"), str(folder), str(workers), str(ckpt)]
     done = subprocess.run(
@@ -97,6 +97,42 @@ def test_evaluation_counts_each_record_once(two, one):
     with torch.no_grad():
         correct = (one.net(data.normalize(test.images)).argmax(1) == test.labels).float().mean().item()
     assert first[0]["test/accuracy"] == pytest.approx(correct, abs=0.003)
+
+
+FRESH = """
+import dataclasses, sys
+from pathlib import Path
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from tests.methods.runs import PRIVACY, fit, make_data, make_module, weights
+folder, ckpt = Path(sys.argv[1]), sys.argv[3] or None
+privacy = dataclasses.replace(PRIVACY, seed=None, noise_multiplier=None, epsilon=3.0)
+save = ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+module = make_module(privacy)
+fit(folder, module, ckpt_path=ckpt, strategy="ddp", devices=2, callbacks=[save], enable_checkpointing=True)
+sampler = module.trainer.train_dataloader.batch_sampler
+rank = module.trainer.global_rank
+torch.save(
+    (weights(module), len(module.mechanism.ledger), module.trainer.global_step, sampler.draw(3), list(sampler)[3]),
+    folder / f"rank{rank}.pt",
+)
+"""
+
+
+@pytest.mark.ddp
+def test_fresh_randomness_is_shared_and_lost_releases_count_on_both_ranks(tmp_path):
+    """Without a seed every rank must still make the same global draw, or a record is on two ranks at once."""
+    folder = run_two(tmp_path / "a", script=FRESH)
+    first = [load(folder / f"rank{rank}.pt") for rank in range(2)]
+    assert first[0][3].tolist() == first[1][3].tolist()
+    assert not set(first[0][4]) & set(first[1][4])
+    assert torch.equal(first[0][0], first[1][0])
+
+    # The ledger's file holds 12 releases, the checkpoint 5: nothing is left, and both ranks have to know.
+    resumed = run_two(tmp_path / "b", ckpt=tmp_path / "a" / "step=5.ckpt", script=FRESH)
+    for rank in range(2):
+        values, spent, step, *_ = load(resumed / f"rank{rank}.pt")
+        assert (spent, step) == (STEPS, 5)
 
 
 @pytest.mark.ddp
