@@ -7,6 +7,7 @@
 The central limit theorem of Gaussian DP is not offered: it under-reports (6-fold at q = 0.001, sigma 0.6, 100 steps).
 """
 
+import functools
 import itertools
 import math
 import warnings
@@ -17,7 +18,8 @@ from typing import Literal
 
 import dp_accounting
 import numpy as np
-from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution as _PLD
+from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant
 from opacus.accountants import RDPAccountant as OpacusRDPAccountant
@@ -193,10 +195,27 @@ def _pld(releases: tuple[Release, ...], delta: float, adjacency: Adjacency) -> f
 
 
 def _pld_at(releases: tuple[Release, ...], delta: float, adjacency: Adjacency, interval: float) -> float:
-    ledger = PLDAccountant(_RELATIONS[adjacency], value_discretization_interval=interval)
-    for release in releases:
-        ledger.compose(_event(release), release.count)
-    return float(ledger.get_epsilon(delta))
+    composed = functools.reduce(_PLD.compose, [_composed_pld(release, adjacency, interval) for release in releases])
+    return float(composed.get_epsilon_for_delta(delta))
+
+
+def _composed_pld(release: Release, adjacency: Adjacency, interval: float) -> _PLD:
+    sigma, rate, count = release.noise_multiplier, release.sample_rate, release.count
+    if rate == 1:
+        # Full-batch Gaussians compose to a Gaussian, without discretising each of them.
+        return _one_pld(sigma / math.sqrt(count), 1.0, adjacency, interval)
+    return _one_pld(sigma, rate, adjacency, interval).self_compose(count)
+
+
+@lru_cache(maxsize=64)
+def _one_pld(sigma: float, rate: float, adjacency: Adjacency, interval: float) -> _PLD:
+    """Kept, since it costs more than composing it, and one run asks for many numbers of steps."""
+    return from_gaussian_mechanism(
+        standard_deviation=sigma,
+        value_discretization_interval=interval,
+        sampling_prob=rate,
+        neighboring_relation=_RELATIONS[adjacency],
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -131,7 +131,7 @@ def test_fresh_randomness_is_shared_and_lost_releases_count_on_both_ranks(tmp_pa
     # The ledger's file holds 12 releases, the checkpoint 5: nothing is left, and both ranks have to know.
     resumed = run_two(tmp_path / "b", ckpt=tmp_path / "a" / "step=5.ckpt", script=FRESH)
     for rank in range(2):
-        values, spent, step, *_ = load(resumed / f"rank{rank}.pt")
+        _, spent, step, *_ = load(resumed / f"rank{rank}.pt")
         assert (spent, step) == (STEPS, 5)
 
 
