@@ -19,6 +19,7 @@ from lightning_dp.methods.base import Batch, Classifier
 from lightning_dp.methods.refusals import check_loader
 from lightning_dp.privacy import Mechanism, PrivacyConfig, clipped_sum
 from lightning_dp.privacy.clipping import Tensors
+from lightning_dp.privacy.engines import OneBackward
 
 
 class DPModule(Classifier, ABC):
@@ -58,16 +59,20 @@ class DPModule(Classifier, ABC):
         images, labels = batch
         step = self.trainer.global_step
         coins = self.record_coins(len(labels), self.mechanism.randomness.numpy("augment", step))
-        total = clipped_sum(
+        total = self.clipped_sum((images, coins, labels))
+        self.update(self.mechanism.release(total, step, self.trainer.global_rank, self.sum_over_ranks))
+
+    def clipped_sum(self, records: tuple[Tensor, ...]) -> Tensors:
+        """Sum of the clipped contributions of ``records``: images, coins and labels, as `prepare` takes them."""
+        return clipped_sum(
             self.contribution,
-            (images, coins, labels),
+            records,
             self.template(),
             max_norm=self.mechanism.config.max_norm,
             clipping=self.mechanism.config.clipping,
             chunk=self.physical_batch_size,
             prepare=self.prepare,
         )
-        self.update(self.mechanism.release(total, step, self.trainer.global_rank, self.sum_over_ranks))
 
     @property
     def mechanism(self) -> Mechanism:
@@ -175,6 +180,17 @@ class DPModule(Classifier, ABC):
 class GradientModule(DPModule, ABC):
     """DP-SGD and its relatives: the contribution is a gradient, the update an optimizer step."""
 
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None = None,
+        physical_batch_size: int = 256,
+        privacy: PrivacyConfig | None = None,
+    ) -> None:
+        super().__init__(net, optimizer, scheduler, physical_batch_size, privacy)
+        self._engine = OneBackward(self.record_loss)
+
     @abstractmethod
     def record_loss(self, parameters: Tensors, image: Tensor, label: Tensor) -> Tensor:
         """Loss of one record at ``parameters``, a scalar; sees no other private record."""
@@ -184,6 +200,18 @@ class GradientModule(DPModule, ABC):
         """Gradient of `record_loss` at the current parameters."""
         gradients: Tensors = grad(self.record_loss)(self.template(), image, label)
         return gradients
+
+    @final
+    def clipped_sum(self, records: tuple[Tensor, ...]) -> Tensors:
+        """The same sum as `DPModule.clipped_sum`, in about the time of an ordinary backward pass."""
+        return self._engine.clipped_sum(
+            records,
+            self.template(),
+            max_norm=self.mechanism.config.max_norm,
+            clipping=self.mechanism.config.clipping,
+            chunk=self.physical_batch_size,
+            prepare=self.prepare,
+        )
 
     @final
     def template(self) -> Tensors:
