@@ -53,7 +53,8 @@ class OneBackward:
             raise ConfigError(f"memory_budget {memory_budget} must be 0 or above")
         self._loss = loss
         self._memory_budget = memory_budget
-        self._uncovered = False
+        # True after the loss turned out to do what cannot be followed.
+        self.uses_reference = False
         self._worked = False
 
     def clipped_sum(
@@ -82,13 +83,13 @@ class OneBackward:
         Raises:
             ConfigError: the loss of a record is not a scalar.
         """
-        if not self._uncovered:
+        if not self.uses_reference:
             try:
                 return self._fast_sum(records, parameters, max_norm, chunk, clipping, prepare)
             except (UncoveredError, RuntimeError) as reason:
                 if self._worked or isinstance(reason, torch.OutOfMemoryError):
                     raise
-                self._uncovered = True
+                self.uses_reference = True
                 log.info("gradients are clipped by vmap(grad), which is slower: %s", reason)
 
         def contribution(*record: Tensor) -> Any:
