@@ -178,7 +178,17 @@ class DPModule(Classifier, ABC):
 
 
 class GradientModule(DPModule, ABC):
-    """DP-SGD and its relatives: the contribution is a gradient, the update an optimizer step."""
+    """DP-SGD and its relatives: the contribution is a gradient, the update an optimizer step.
+
+    Args:
+        net: classifier without BatchNorm, (n, channels, height, width) -> logits (n, classes).
+        optimizer: parameters -> optimizer; sees only released gradients.
+        scheduler: optimizer -> learning rate schedule, stepped once per logical step.
+        physical_batch_size: records per forward pass and device; performance only.
+        privacy: linked from the ``privacy`` section; None for evaluation only.
+        gradient_memory: MiB that gradients of single records may take beyond an ordinary backward pass, where that
+            is faster; performance only.
+    """
 
     def __init__(
         self,
@@ -187,9 +197,12 @@ class GradientModule(DPModule, ABC):
         scheduler: LRSchedulerCallable | None = None,
         physical_batch_size: int = 256,
         privacy: PrivacyConfig | None = None,
+        gradient_memory: int = 64,
     ) -> None:
         super().__init__(net, optimizer, scheduler, physical_batch_size, privacy)
-        self._engine = OneBackward(self.record_loss)
+        if gradient_memory < 0:
+            raise ConfigError(f"model.gradient_memory {gradient_memory} must be 0 or above")
+        self.engine = OneBackward(self.record_loss, gradient_memory << 20)
 
     @abstractmethod
     def record_loss(self, parameters: Tensors, image: Tensor, label: Tensor) -> Tensor:
@@ -204,7 +217,7 @@ class GradientModule(DPModule, ABC):
     @final
     def clipped_sum(self, records: tuple[Tensor, ...]) -> Tensors:
         """The same sum as `DPModule.clipped_sum`, in about the time of an ordinary backward pass."""
-        return self._engine.clipped_sum(
+        return self.engine.clipped_sum(
             records,
             self.template(),
             max_norm=self.mechanism.config.max_norm,

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_dp.privacy.clipping import record_norms
+
 # Bytes of one vectorised piece of work. Pieces that stay in the cache are as fast as a plain weight gradient.
 _PIECE = 4 << 20
 # Price of one value that is written and read again, in multiply-adds; measured on a CPU.
@@ -77,9 +79,7 @@ class LinearGradient(WeightGradient):
         """See `WeightGradient`."""
         a, g = a.flatten(1, -2), g.flatten(1, -2)
         if a.shape[1] == 1:  # one outer product
-            norms = torch.linalg.vector_norm(a, dim=(1, 2)) * torch.linalg.vector_norm(g, dim=(1, 2))
-            squares: Tensor = norms * norms
-            return squares
+            return (record_norms(a[:, 0]) * record_norms(g[:, 0])).square()
         positions = a.shape[1]
         found = [
             gram_dot(torch.bmm(a[part], a[part].transpose(1, 2)), torch.bmm(g[part], g[part].transpose(1, 2)))

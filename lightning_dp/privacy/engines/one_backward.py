@@ -50,7 +50,7 @@ class OneBackward:
 
     def __init__(self, loss: Callable[..., Tensor], memory_budget: int = DEFAULT_MEMORY_BUDGET) -> None:
         if memory_budget < 0:
-            raise ConfigError(f"memory_budget {memory_budget} must be 0 or above")
+            raise ConfigError(f"memory_budget {memory_budget} must be 0 or above: raise it")
         self._loss = loss
         self._memory_budget = memory_budget
         # True after the loss turned out to do what cannot be followed.
