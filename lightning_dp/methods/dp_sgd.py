@@ -24,6 +24,7 @@ class DPSGD(GradientModule):
         scheduler: optimizer -> learning rate schedule, stepped once per logical step.
         physical_batch_size: records per forward pass and device; performance only.
         privacy: linked from the ``privacy`` section; None for evaluation only.
+        gradient_memory: MiB that gradients of single records may take; performance only.
     """
 
     def record_loss(self, parameters: Tensors, image: Tensor, label: Tensor) -> Tensor:

@@ -47,6 +47,20 @@ def test_chunk_size_changes_nothing_under_augmentation(tmp_path, chunk):
     assert (weights(whole) - weights(plain)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("settings", [{"gradient_memory": 0}, {"gradient_memory": 4096}])
+def test_gradient_memory_changes_nothing(tmp_path, reference_run, settings):
+    other = fit(tmp_path, make_module(**settings))
+    torch.testing.assert_close(weights(other), weights(reference_run), rtol=0, atol=1e-5)
+
+
+def test_the_engine_and_the_reference_train_the_same_weights(tmp_path, reference_run, monkeypatch):
+    assert not reference_run.engine.uses_reference
+    monkeypatch.setattr(DPSGD, "clipped_sum", DPModule.clipped_sum)
+    other = fit(tmp_path)
+    torch.testing.assert_close(weights(other), weights(reference_run), rtol=0, atol=1e-5)
+    assert not torch.equal(weights(other), weights(reference_run))  # another order of the same sums
+
+
 def test_loader_workers_change_nothing(tmp_path, reference_run):
     other = fit(tmp_path, data=make_data(num_workers=2))
     torch.testing.assert_close(weights(other), weights(reference_run), rtol=0, atol=1e-5)
