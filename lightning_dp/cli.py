@@ -1,6 +1,8 @@
 """The command line: LightningCLI with a privacy section, and a few verbs of its own. No logic of the mechanism here."""
 
 import difflib
+import inspect
+import pydoc
 import re
 import sys
 import warnings
@@ -75,12 +77,19 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def explain(message: str) -> str:
-    """A parser's report in one line; for an unknown class, the setting and the nearest known names.
+    """A parser's report in one line; for an unknown class or argument, the setting and the nearest known names.
 
     Example:
         >>> explain('Parser key "model": Expected a dot import path string: DPSDG')
         '--model: there is no class DPSDG; nearest: DPSGD, SGD, ASGD'
+        >>> explain("Problem with given class_path 'lightning_dp.data.DPDataModule': Option 'audits' is not accepted")
+        'DPDataModule takes no audits; nearest: audit, splits, augment'
     """
+    refused = re.findall(r"class_path '([\w.]+)':\s*Option '(\w+)' is not accepted", message)
+    if refused:
+        owner, option = refused[-1]
+        near = difflib.get_close_matches(option, inspect.signature(pydoc.locate(owner)).parameters, cutoff=0.4)  # type: ignore[arg-type]
+        return f"{owner.rsplit('.', 1)[-1]} takes no {option}; nearest: {', '.join(near) or 'none'}"
     unknown = re.findall(r"(?:Expected a dot import path string:|Expected a path but) ([\w.]+)", message)
     if not unknown:
         return " ".join(message.split())

@@ -87,6 +87,7 @@ REFUSED = {
     "there is no class MNITS; nearest: MNIST": ["--data.init_args.source", "MNITS"],
     "there is no class EarlyStoping; nearest: EarlyStopping": ["--trainer.callbacks+", "EarlyStoping"],
     "there is no class torch.optim.Adm; nearest: Adam": ["--model.init_args.optimizer", "torch.optim.Adm"],
+    "DPDataModule takes no audits; nearest: audit": ["--data.init_args.audits", "3"],
     "--privacy.epsilonn": ["--privacy.epsilonn", "3"],
     "MNIST was not found below .*data.init_args.download true": ["--data.init_args.source", "MNIST"],
     "privacy.delta 0.5 must lie": ["--privacy.delta", "0.5"],
