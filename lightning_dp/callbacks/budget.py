@@ -10,7 +10,7 @@ from lightning_dp.methods import DPModule
 
 
 class PrivacyBudget(Callback):
-    """Logs epsilon and what is left of the budget, and shows both in the progress bar.
+    """Logs epsilon and what is left of the budget, and shows them with sigma in the progress bar.
 
     Logged: ``privacy/epsilon`` (certified, of everything in the ledger), ``privacy/delta``,
     ``privacy/noise_multiplier`` and ``privacy/steps_left``. The accountant and the adjacency stand in the message at
