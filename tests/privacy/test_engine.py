@@ -14,7 +14,8 @@ from torchvision.models.convnext import CNBlockConfig
 from lightning_dp.errors import ConfigError
 from lightning_dp.models import MNISTTanhCNN, WideResNet, make_private_ready
 from lightning_dp.privacy.clipping import flatten
-from lightning_dp.privacy.engines import OneBackward
+from lightning_dp.privacy.engines import OneBackward, one_backward
+from lightning_dp.privacy.engines.tape import Tape
 from tests.privacy.gradients import (
     ALL_KEPT,
     NOTHING_KEPT,
@@ -217,7 +218,7 @@ def test_prepare_sees_chunks():
     targets = torch.linspace(-1, 1, RECORDS, dtype=torch.float64)
     engine = OneBackward(loss_of(net))
     total = engine.clipped_sum((x, targets), trained(net), max_norm=0.5, chunk=2, prepare=prepare)
-    assert seen == [2, 2, 1]
+    assert seen == [1, 2, 2, 1]  # first, how much one record takes
     assert torch.equal(flatten(total), fast(net, 2 * x, chunk=2, max_norm=0.5))
 
 
@@ -266,3 +267,33 @@ def test_equal_records_under_autocast_differ_by_at_most_max_norm():
             return engine.clipped_sum((part,), {"w": weight}, max_norm=1.0, chunk=2000)["w"]
 
     assert 0.99 < (total(rows) - total(rows[1:])).norm() <= 1.0 + 1e-3
+
+
+def test_passes_are_no_larger_than_pays_and_change_nothing(monkeypatch):
+    net, x = MNISTTanhCNN().double(), torch.randn(RECORDS, 1, 28, 28, dtype=torch.float64)
+    expected, sizes = fast(net, x, chunk=RECORDS), []
+    monkeypatch.setattr(one_backward, "_BYTES_PER_USE", 1 << 15)  # four layers: about two records
+    engine = OneBackward(loss_of(net))
+    plan = Tape.plan
+
+    def watched(tape, *settings):
+        sizes.append(tape.uses[0].a[0])
+        plan(tape, *settings)
+
+    monkeypatch.setattr(Tape, "plan", watched)
+    total = fast(net, x, chunk=RECORDS, engine=engine)
+    assert 1 < len(sizes) <= RECORDS
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == RECORDS
+    assert (total - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_the_first_look_at_a_record_draws_nothing():
+    """A resumed run takes it in another step than an uninterrupted one."""
+    net = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 2)).double()
+    x, engine = torch.randn(RECORDS, 6, dtype=torch.float64), OneBackward(loss_of(net))
+    totals = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        totals.append(fast(net, x, engine=engine))
+    assert torch.equal(totals[0], totals[1])

@@ -41,8 +41,8 @@ class WeightGradient(ABC):
         """Squared gradient norms (records,) without the gradients."""
 
     @abstractmethod
-    def total(self, a: Tensor, g: Tensor) -> Tensor:
-        """Sum of the gradients of all records, flat (values,)."""
+    def total(self, a: Tensor, g: Tensor, factors: Tensor) -> Tensor:
+        """Sum of the gradients of all records, each times its factor (records,); flat (values,)."""
 
     @abstractmethod
     def rows_price(self, a: torch.Size, g: torch.Size) -> float:
@@ -70,6 +70,16 @@ def gram_dot(left: Tensor, right: Tensor) -> Tensor:
     return products.flatten(1).sum(1).clamp(min=0) + alone * _ROUNDING[products.dtype]
 
 
+def _weighted(a: Tensor, g: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply the smaller one by the records' factors (records,)."""
+    return (a * _beside(a, factors), g) if a.numel() < g.numel() else (a, g * _beside(g, factors))
+
+
+def _beside(values: Tensor, factors: Tensor) -> Tensor:
+    """Factors (records,) in a shape that multiplies ``values`` (records, ...)."""
+    return factors.view(-1, *[1] * (values.ndim - 1))
+
+
 @final
 class LinearGradient(WeightGradient):
     """Weight (out, in) of a linear map of ``a`` (records, ..., in)."""
@@ -92,8 +102,9 @@ class LinearGradient(WeightGradient):
         ]
         return torch.cat(found)
 
-    def total(self, a: Tensor, g: Tensor) -> Tensor:
+    def total(self, a: Tensor, g: Tensor, factors: Tensor) -> Tensor:
         """See `WeightGradient`."""
+        a, g = _weighted(a, g, factors)
         return (g.flatten(0, -2).T @ a.flatten(0, -2)).reshape(-1)
 
     def rows_price(self, a: torch.Size, g: torch.Size) -> float:
@@ -132,9 +143,9 @@ class EmbeddingGradient(WeightGradient):
         same = (a[:, :, None] == a[:, None, :]).to(g.dtype)
         return gram_dot(torch.bmm(g, g.transpose(1, 2)), same)
 
-    def total(self, a: Tensor, g: Tensor) -> Tensor:
+    def total(self, a: Tensor, g: Tensor, factors: Tensor) -> Tensor:
         """See `WeightGradient`."""
-        g = self._without_padding(a, g).flatten(0, -2)
+        g = (self._without_padding(a, g) * _beside(g, factors)).flatten(0, -2)
         return g.new_zeros(self.entries, g.shape[-1]).index_add_(0, a.reshape(-1), g).reshape(-1)
 
     def rows_price(self, a: torch.Size, g: torch.Size) -> float:
@@ -185,8 +196,9 @@ class ConvGradient(WeightGradient):
             found.append(gram_dot(self._patch_gram(a[part]), torch.bmm(outputs.transpose(1, 2), outputs)))
         return torch.cat(found)
 
-    def total(self, a: Tensor, g: Tensor) -> Tensor:
+    def total(self, a: Tensor, g: Tensor, factors: Tensor) -> Tensor:
         """See `WeightGradient`."""
+        a, g = _weighted(a, g, factors)
         return self._weight_gradient(a.flatten(0, 1), g.flatten(0, 1), 1).reshape(-1)
 
     def rows_price(self, a: torch.Size, g: torch.Size) -> float:

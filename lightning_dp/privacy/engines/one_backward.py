@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 Prepare = Callable[..., tuple[Tensor, ...]]
 DEFAULT_MEMORY_BUDGET = 64 << 20
+# Inputs and outputs of layers that a pass keeps on a CPU, per layer: more go out to memory and come back, less is not
+# worth a layer's fixed work. Measured.
+_BYTES_PER_USE = 8 << 20
 
 
 @final
@@ -56,6 +59,7 @@ class OneBackward:
         # True after the loss turned out to do what cannot be followed.
         self.uses_reference = False
         self._worked = False
+        self._per_pass: dict[tuple[torch.Size, ...], int] = {}
 
     def clipped_sum(
         self,
@@ -110,30 +114,46 @@ class OneBackward:
     ) -> Tensors:
         dtype = torch.promote_types(next(iter(parameters.values())).dtype, torch.float32)
         total = {name: torch.zeros_like(value, dtype=dtype) for name, value in parameters.items()}
-        for part in zip(*(torch.split(tensor, chunk) for tensor in records), strict=True):
-            if len(part[0]) == 0:
-                continue
-            tape = self._passes(part if prepare is None else prepare(*part), parameters, dtype, chunk)
-            self._worked = True
-            # a bound that is rounded to bfloat16 would be crossed
+        if len(records[0]) == 0:
+            return total
+        most = min(chunk, self._records_per_pass(records, parameters, dtype, prepare))
+        passes = -(-len(records[0]) // most)
+        for part in zip(*(torch.tensor_split(tensor, passes) for tensor in records), strict=True):
+            tracer, losses = self._forward(part if prepare is None else prepare(*part), parameters, dtype)
+            tracer.tape.plan(most, self._memory_budget)
+            # norms and sums are not to be rounded to bfloat16, which would cross the bound
             with torch.autocast(part[0].device.type, enabled=False):
-                for name, value in tape.clipped_sum(max_norm, clipping, parameters).items():
-                    total[name] += value
+                self._backward(losses.sum(), tracer)
+                self._worked = True
+                tracer.tape.add_clipped_sum(total, max_norm, clipping)
         return total
 
-    def _passes(self, records: tuple[Tensor, ...], parameters: Tensors, dtype: torch.dtype, chunk: int) -> Tape:
-        """The forward and the backward pass of one chunk."""
-        tape = Tape(leaves_of(parameters), dtype)
-        tracer = Tracer(tape, RULES)
+    def _forward(self, records: tuple[Tensor, ...], parameters: Tensors, dtype: torch.dtype) -> tuple[Tracer, Tensor]:
+        """The forward pass of some records: what it was recorded with, and the losses (records,)."""
+        tracer = Tracer(Tape(leaves_of(parameters), dtype), RULES)
         row = torch.zeros(len(records[0]), device=records[0].device)
-        losses = vmap(tracer.loss_of_one(self._loss), randomness="different")(row, *records)
+        losses: Tensor = vmap(tracer.loss_of_one(self._loss), randomness="different")(row, *records)
         if losses.shape != row.shape:
             raise ConfigError(f"the loss of one record has shape {tuple(losses.shape[1:])}: return a scalar")
-        tape.plan(chunk, self._memory_budget)
-        # norms and sums are not to be rounded to bfloat16
-        with torch.autocast(row.device.type, enabled=False):
-            self._backward(losses.sum(), tracer)
-        return tape
+        return tracer, losses
+
+    def _records_per_pass(
+        self, records: tuple[Tensor, ...], parameters: Tensors, dtype: torch.dtype, prepare: Prepare | None
+    ) -> int:
+        """As many as stay near the processor, but enough to be worth a pass; from one record's forward pass.
+
+        A function of shapes alone, so that a seeded run repeats exactly, and a resumed one goes on exactly.
+        """
+        if records[0].device.type != "cpu":
+            return len(records[0])
+        shapes = tuple(tensor.shape[1:] for tensor in records)
+        if shapes not in self._per_pass:
+            one = tuple(tensor[:1] for tensor in records)
+            with torch.random.fork_rng([]):
+                tracer, _ = self._forward(one if prepare is None else prepare(*one), parameters, dtype)
+            tape = tracer.tape
+            self._per_pass[shapes] = max(1, _BYTES_PER_USE * len(tape.uses) // max(1, tape.kept_bytes))
+        return self._per_pass[shapes]
 
     def _backward(self, loss: Tensor, tracer: Tracer) -> None:
         tape = tracer.tape

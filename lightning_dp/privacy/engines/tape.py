@@ -108,13 +108,12 @@ class Tape:
         """Take the gradients of the records by themselves, shape (records, values)."""
         self._add_pieces(source, iter([rows.to(self.dtype)]))
 
-    def clipped_sum(self, max_norm: float, clipping: Clipping, template: Tensors) -> Tensors:
-        """The sum of the clipped gradients, in the shapes of ``template``; once, after the backward pass."""
+    def add_clipped_sum(self, totals: Tensors, max_norm: float, clipping: Clipping) -> None:
+        """Add the sum of the clipped gradients to ``totals``; once, after the backward pass."""
         for name, rows in self._several.items():
             self._keep(name, iter([rows]))
-        totals = {name: torch.zeros_like(value, dtype=self.dtype) for name, value in template.items()}
         if not self._squares:
-            return totals
+            return
         factors = clip_factors(torch.stack(self._squares).sum(0).sqrt(), max_norm, clipping)
         # 0 * inf is NaN: a refused record has to be masked, not multiplied.
         refused = factors == 0 if bool((factors == 0).any()) else None
@@ -127,11 +126,14 @@ class Tape:
                 start = part.stop
         while self._products:
             name, gradient, a, g = self._products.pop()
-            a = a.to(self.dtype) if a.is_floating_point() else a
-            weighted = _masked(g.to(self.dtype), refused) * factors.view(-1, *[1] * (g.ndim - 1))
-            inputs = _masked(a, refused) if a.is_floating_point() else a
-            totals[name] += gradient.total(inputs, weighted).view_as(totals[name])
-        return totals
+            g = _masked(g.to(self.dtype), refused)
+            a = _masked(a.to(self.dtype), refused) if a.is_floating_point() else a
+            totals[name] += gradient.total(a, g, factors).view_as(totals[name])
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the inputs and outputs of all uses, which are kept between the two passes."""
+        return sum(use.a.numel() + use.g.numel() for use in self.uses) * self.dtype.itemsize
 
     def _is_alone(self, source: Source) -> bool:
         return source.is_parameter and self._counts[source.names[0]] == 1
