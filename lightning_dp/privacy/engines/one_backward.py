@@ -8,6 +8,7 @@ one backward pass is the book-keeping of Bu et al. 2023 (arXiv 2210.00038).
 """
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any, final
 
@@ -152,7 +153,8 @@ class OneBackward:
             with torch.random.fork_rng([]):
                 tracer, _ = self._forward(one if prepare is None else prepare(*one), parameters, dtype)
             tape = tracer.tape
-            self._per_pass[shapes] = max(1, _BYTES_PER_USE * len(tape.uses) // max(1, tape.kept_bytes))
+            enough = _BYTES_PER_USE * len(tape.uses) // tape.kept_bytes if tape.uses else sys.maxsize
+            self._per_pass[shapes] = max(1, enough)
         return self._per_pass[shapes]
 
     def _backward(self, loss: Tensor, tracer: Tracer) -> None:
