@@ -29,3 +29,5 @@ from lightning_dp.data.transforms import Augmentation as Augmentation
 from lightning_dp.data.transforms import CropFlip as CropFlip
 from lightning_dp.data.transforms import Normalize as Normalize
 from lightning_dp.data.transforms import Shift as Shift
+from lightning_dp.data.views import ViewPlan as ViewPlan
+from lightning_dp.data.views import make_views as make_views

@@ -28,6 +28,34 @@ class Made(Source):
         return self.sides[train]
 
 
+class Generated(Source):
+    """A stand-in for images of a generator: one noisy pattern per class, the same at every call.
+
+    Args:
+        size: height and width in pixels.
+        channels: of the images.
+        per_class: images of each of the ten classes.
+    """
+
+    name = "Generated"
+    num_classes = 10
+
+    def __init__(self, size: int = 8, channels: int = 1, per_class: int = 4) -> None:
+        self.image_size = size
+        self.channels = channels
+        self.per_class = per_class
+        self.mean = (0.5,) * channels
+        self.std = (0.25,) * channels
+
+    def load(self, root: Path, train: bool, download: bool) -> Records:
+        draw = np.random.default_rng(7)
+        shape = (self.channels, self.image_size, self.image_size)
+        patterns = draw.integers(0, 200, (10, *shape))
+        labels = np.arange(10 * self.per_class) % 10
+        images = patterns[labels] + draw.integers(0, 50, (len(labels), *shape))
+        return Records(torch.as_tensor(images, dtype=torch.uint8), torch.as_tensor(labels))
+
+
 def records(num: int, seed: int = 0) -> Records:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (num, 1, 4, 4), generator=generator, dtype=torch.uint8)

@@ -17,7 +17,7 @@ PRIVACY = PrivacyConfig(
 
 
 def make_data(privacy=PRIVACY, **settings):
-    return DPDataModule(Digits(), audit=100, public_per_class=10, privacy=privacy, **settings)
+    return DPDataModule(Digits(), privacy=privacy, **{"audit": 100, "public_per_class": 10, **settings})
 
 
 def make_module(privacy=PRIVACY, net=None, method=DPSGD, physical_batch_size=512, **settings):
