@@ -109,6 +109,15 @@ def test_every_combination_parses(here, capsys, data, hardware):
     assert "DPDataModule" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("encoder", sorted(CONFIGS.glob("encoder/*.yaml")), ids=lambda path: path.stem)
+def test_every_encoder_parses(here, capsys, encoder):
+    parts = (CONFIGS / "data" / "cifar10.yaml", encoder, CONFIGS / "method" / "dp_sgd.yaml")
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *files(CONFIGS / "base.yaml", *parts, CONFIGS / "privacy" / "eps3.yaml"), "--print_config"])
+    assert stopped.value.code == 0
+    assert "Encoder" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.stem)
 def test_every_file_opens_with_what_it_is(path):
     assert path.read_text().startswith("# ")

@@ -10,7 +10,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_dp.data.encoding import encode
+from lightning_dp.data.features import FeatureCache, FeatureDtype
 from lightning_dp.data.loaders import EvalBatchSampler, record_loader
 from lightning_dp.data.records import RecordDataset, Records
 from lightning_dp.data.roles import Roles, assign_roles
@@ -18,6 +18,7 @@ from lightning_dp.data.sources import Source
 from lightning_dp.data.splits import SplitSettings
 from lightning_dp.data.transforms import Augmentation, Normalize
 from lightning_dp.errors import ConfigError
+from lightning_dp.models.encoder import Encoder
 from lightning_dp.privacy.mechanism import PrivacyConfig
 from lightning_dp.privacy.randomness import Randomness
 from lightning_dp.privacy.sampling import PoissonBatchSampler
@@ -50,8 +51,11 @@ class DPDataModule(LightningDataModule):
             outside the guarantee: no decision may depend on them, and the card says that they were looked at.
         validation_private: records of the validation role if it is carved out of private, else 0.
         splits: split saved by an earlier run (``splits.json``), to be reused exactly.
-        encoder: frozen map of normalised images to features, (n, channels, height, width) -> (n, ...), each record
-            by itself; applied once, after which all roles serve features.
+        encoder: frozen map of images to features, (n, channels, height, width) -> (n, ...), each record by itself;
+            applied once, after which all roles serve features. An `Encoder` gets images in [0, 1], any other module
+            images normalised by the source's constants.
+        cache: folder in which features are kept for later runs; private data. None: ``.cache/features`` below root.
+        feature_dtype: in which features are kept; they are served as float32.
         augment: random change of training images; applied by the method, inside its chunks.
         eval_batch_size: records per evaluation or encoder batch and device; performance only.
         num_workers: loader processes; performance only.
@@ -79,6 +83,8 @@ class DPDataModule(LightningDataModule):
         eval_batch_size: int = 500,
         num_workers: int = 0,
         privacy: PrivacyConfig | None = None,
+        cache: Path | None = None,
+        feature_dtype: FeatureDtype = "float32",
     ) -> None:
         super().__init__()
         self.source = source
@@ -90,6 +96,7 @@ class DPDataModule(LightningDataModule):
         self.validation = validation
         self.splits = splits
         self.encoder = encoder
+        self.cache = FeatureCache(self.root / ".cache" / "features" if cache is None else cache, feature_dtype)
         self.augment = augment
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -165,7 +172,7 @@ class DPDataModule(LightningDataModule):
             "overlaps": {} if self._roles is None else self._roles.public_overlaps(),
             "validation": self.validation,
             "validation_is_private": self.validation_is_private,
-            "encoder": None if self.encoder is None else type(self.encoder).__name__,
+            "encoder": self._encoder_provenance(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,7 +277,10 @@ class DPDataModule(LightningDataModule):
 
     def _encode(self, side: Records, encoder: nn.Module) -> Records:
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        return encode(side, encoder, self._normalize, self.eval_batch_size, device)
+        pixels = Normalize((0.0,) * self.source.channels, (1.0,) * self.source.channels)
+        normalize = pixels if isinstance(encoder, Encoder) else self._normalize
+        features = self.cache.features(side.images, encoder, normalize, self.eval_batch_size, device)
+        return Records(features, side.labels)
 
     def _check_num_examples(self) -> None:
         if self.privacy is None:
@@ -289,6 +299,11 @@ class DPDataModule(LightningDataModule):
         folder = self.trainer.log_dir  # on every rank: Lightning broadcasts it
         if folder is not None and self.trainer.is_global_zero:
             roles.save(Path(folder) / "splits.json")
+
+    def _encoder_provenance(self) -> str | None:
+        if isinstance(self.encoder, Encoder):
+            return self.encoder.title
+        return None if self.encoder is None else type(self.encoder).__name__
 
     def _public_provenance(self) -> str | None:
         if self.public is not None:

@@ -16,7 +16,8 @@ class Records:
     """Labelled images, or their features; row i of both tensors is record i.
 
     Args:
-        images: uint8 of shape (n, channels, height, width), possibly memory-mapped; or float32 features (n, ...).
+        images: uint8 of shape (n, channels, height, width), or features (n, ...) of any floating dtype; either
+            possibly memory-mapped.
         labels: int64 of shape (n,).
 
     Raises:
@@ -37,6 +38,8 @@ class Records:
 class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
     """A role: some rows of ``records``, without copying them (they may be a memory map larger than memory).
 
+    Features are served as float32, in whatever precision they are kept.
+
     Args:
         records: where the rows are.
         rows: which rows, in order, shape (n,); None for all.
@@ -51,16 +54,20 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         row = self.rows[index]
-        return self.records.images[row], self.records.labels[row]
+        return _served(self.records.images[row]), self.records.labels[row]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A whole batch in one indexing call: images (n, ...) and labels (n,); n is 0 for an empty list."""
         rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
-        return self.records.images[rows], self.records.labels[rows]
+        return _served(self.records.images[rows]), self.records.labels[rows]
 
     def gather(self) -> Records:
         """The role's records as tensors of their own."""
-        return Records(self.records.images[self.rows], self.records.labels[self.rows])
+        return Records(_served(self.records.images[self.rows]), self.records.labels[self.rows])
+
+
+def _served(images: Tensor) -> Tensor:
+    return images.float() if images.is_floating_point() else images
 
 
 def as_is(batch: Any) -> Any:

@@ -13,7 +13,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
 from lightning_dp.errors import ConfigError
-from lightning_dp.models import validate
+from lightning_dp.models import EncoderClassifier, validate
 from lightning_dp.privacy import PrivacyConfig
 from lightning_dp.privacy.sampling import PoissonBatchSampler
 
@@ -27,6 +27,7 @@ def check_fit(trainer: Trainer, net: nn.Module, validation_is_private: bool) -> 
     _check_gradients(trainer)
     _check_batches(trainer)
     _check_callbacks(trainer, validation_is_private)
+    _check_constants(trainer, net)
     if problems := validate(net):
         raise ConfigError(
             problems[0] if len(problems) == 1 else f"{problems[0]} (and {len(problems) - 1} more like it)"
@@ -54,6 +55,17 @@ def check_loader(loader: object, privacy: PrivacyConfig, rank: int, world_size: 
         raise ConfigError(
             f"the training loader serves rank {sampler.rank} of {sampler.world_size}, but this is rank {rank} of "
             f"{world_size}: let the trainer make the loader (pass the data module, not a loader)"
+        )
+
+
+def _check_constants(trainer: Trainer, net: nn.Module) -> None:
+    source = trainer.datamodule.source  # type: ignore[attr-defined]  # a DPDataModule, by Classifier.datamodule
+    if not isinstance(net, EncoderClassifier) or net.constants is None:
+        return
+    if net.constants != (tuple(source.mean), tuple(source.std)):
+        raise ConfigError(
+            f"model.net EncoderClassifier undoes mean and std {net.constants}, but data.source {source.name} has "
+            f"{tuple(source.mean)} and {tuple(source.std)}, so the encoder would see wrong images: set these"
         )
 
 

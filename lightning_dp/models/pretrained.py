@@ -49,13 +49,13 @@ class TorchvisionNet(nn.Module):
             raise ConfigError(f"TorchvisionNet name={name} returns more than logits in training: use another network")
         names = models.list_models(module=models)
         if name not in names:
-            raise ConfigError(_unknown_name("TorchvisionNet", name, names, "torchvision.models.list_models()"))
+            raise ConfigError(unknown_name("TorchvisionNet", name, names, "torchvision.models.list_models()"))
         net = models.get_model(name, weights=None, num_classes=num_classes)
         notes: list[str] = []
         if weights is not None:
-            notes = _load(net, _torchvision_weights(name, weights), f"weights={weights}")
+            notes = _load(net, torchvision_weights(name, weights), f"weights={weights}")
         if weights_file is not None:
-            notes = _load(net, _read(weights_file), f"weights_file={weights_file}")
+            notes = _load(net, read_weights(weights_file), f"weights_file={weights_file}")
         self.net, self.changes = _repair_and_log(name, net, notes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -92,9 +92,9 @@ class TimmNet(nn.Module):
         except ImportError as error:
             raise ConfigError("TimmNet needs timm: pip install 'lightning_dp[timm]'") from error
         if not timm.is_model(name):
-            raise ConfigError(_unknown_name("TimmNet", name, timm.list_models(), "timm.list_models()"))
+            raise ConfigError(unknown_name("TimmNet", name, timm.list_models(), "timm.list_models()"))
         net: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
-        notes = [] if weights_file is None else _load(net, _read(weights_file), f"weights_file={weights_file}")
+        notes = [] if weights_file is None else _load(net, read_weights(weights_file), f"weights_file={weights_file}")
         self.net, self.changes = _repair_and_log(name, net, notes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -113,14 +113,14 @@ def _check_settings(owner: str, num_classes: int, downloads: bool, weights_file:
         raise ConfigError(f"{owner} has weights to download and weights_file={weights_file}: give one of them")
 
 
-def _unknown_name(owner: str, name: str, known: Sequence[str], listing: str) -> str:
+def unknown_name(owner: str, name: str, known: Sequence[str], listing: str) -> str:
     """Return the message for a name that is not known, with the nearest that are."""
     near = difflib.get_close_matches(name, known, n=3)
     nearest = f"did you mean {', '.join(near)}? " if near else ""
     return f"{owner} name={name} is unknown: {nearest}{listing} has all names"
 
 
-def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
+def torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
     """Download (or take from torch's cache) the pretrained state dict of a torchvision network."""
     known = models.get_model_weights(name).__members__
     if weights not in known:
@@ -130,7 +130,7 @@ def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
     return state
 
 
-def _read(weights_file: Path) -> dict[str, Tensor]:
+def read_weights(weights_file: Path) -> dict[str, Tensor]:
     """Read a state dict without running code from the file."""
     if not weights_file.is_file():
         raise ConfigError(f"weights_file={weights_file} is not a file: give the path of a state dict")

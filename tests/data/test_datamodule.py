@@ -242,10 +242,10 @@ class Encoder(nn.Module):
         return self.layers(images)
 
 
-def test_encoder_is_applied_once_to_every_role_record_by_record():
+def test_encoder_is_applied_once_to_every_role_record_by_record(tmp_path):
     raw = digits(validation="private", validation_private=30)
     encoder = Encoder()
-    data = digits(validation="private", validation_private=30, encoder=encoder, eval_batch_size=64)
+    data = digits(validation="private", validation_private=30, encoder=encoder, eval_batch_size=64, cache=tmp_path)
     for name in ("private", "public", "validation", "test", "audit"):
         features = data.role(name).images
         with torch.no_grad():

@@ -172,7 +172,7 @@ def test_a_network_that_keeps_statistics_of_its_own(tmp_path, in_place):
 def test_an_encoder_that_mixes_records(tmp_path):
     """Evaluation mode does not help a BatchNorm without running statistics."""
     encoder = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten())
-    refused("depend on its batch", tmp_path, data=make_data(encoder=encoder))
+    refused("depend on its batch", tmp_path, data=make_data(encoder=encoder, cache=tmp_path))
 
 
 def test_a_network_with_nothing_to_train(tmp_path):
