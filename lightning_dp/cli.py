@@ -1,30 +1,36 @@
 """The command line: LightningCLI with a privacy section, and a few verbs of its own. No logic of the mechanism here."""
 
+import dataclasses
 import difflib
 import inspect
 import pydoc
 import re
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, get_type_hints
 
+import docstring_parser
 import pytorch_lightning
 import torch
 from jsonargparse import ArgumentError, auto_cli
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lightning_dp import callbacks, data, methods, models
 from lightning_dp.data import DPDataModule
 from lightning_dp.errors import ConfigError
+from lightning_dp.generate import generate
 from lightning_dp.methods import Classifier
 from lightning_dp.plan import plan
 from lightning_dp.privacy import PrivacyConfig
 
 # Imported, so configurations can use the bare names of their classes.
 _NAMED = (methods, data, models, callbacks, pytorch_lightning.callbacks, torch.optim, torch.optim.lr_scheduler)
+
+_VERBS: dict[str, Callable[..., None]] = {"plan": plan, "generate": generate}
+"""Verbs besides those of LightningCLI, by name."""
 
 
 class DPCLI(LightningCLI):
@@ -35,10 +41,10 @@ class DPCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the privacy section and link it, so that what is accounted is what is sampled and what is clipped."""
-        parser.add_class_arguments(PrivacyConfig, "privacy")
-        parser.link_arguments("privacy", "model.init_args.privacy")
-        parser.link_arguments("privacy", "data.init_args.privacy")
-        parser.link_arguments("privacy.steps", "trainer.max_steps")
+        _add_privacy(parser)
+        parser.link_arguments("privacy", "model.init_args.privacy", compute_fn=_given_privacy)
+        parser.link_arguments("privacy", "data.init_args.privacy", compute_fn=_given_privacy)
+        parser.link_arguments("privacy.steps", "trainer.max_steps", compute_fn=_max_steps)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer; what Lightning cannot build is reported in one line."""
@@ -47,9 +53,18 @@ class DPCLI(LightningCLI):
         except (ValueError, ImportError, RuntimeError) as error:
             raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
 
+    def before_fit(self) -> None:
+        """Keep private roles away from models that know nothing of them."""
+        if isinstance(self.datamodule, DPDataModule) and not isinstance(self.model, Classifier):
+            raise ConfigError(
+                f"{type(self.model).__name__} learns without privacy, but DPDataModule serves private records: set "
+                "data to PublicDataModule, with public data only, or choose another model"
+            )
+
     def after_fit(self) -> None:
         """Test the final weights."""
-        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning, not declared
+        trial = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning, not declared
+        if isinstance(self.model, Classifier) and not trial:
             self.trainer.test(self.model, datamodule=self.datamodule)
 
 
@@ -57,8 +72,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``lightning-dp`` and ``python -m lightning_dp``."""
     arguments = list(sys.argv[1:] if args is None else args)
     try:
-        if arguments[:1] == ["plan"]:
-            auto_cli(plan, args=arguments[1:], prog="lightning-dp plan", as_positional=False, exit_on_error=False)
+        if arguments and arguments[0] in _VERBS:
+            verb = arguments[0]
+            prog = f"lightning-dp {verb}"
+            auto_cli(_VERBS[verb], args=arguments[1:], prog=prog, as_positional=False, exit_on_error=False)
         else:
             # Misleading here: the weights after a step are the ones to keep, and batches are addressed by step, so
             # they resume in mid-epoch; no validation role is a choice. The last is about code of Lightning's own.
@@ -99,6 +116,32 @@ def explain(message: str) -> str:
     return f"--{setting}: there is no class {unknown[-1]}; nearest: {', '.join(near) or 'none'}"
 
 
+_REQUIRED = [field.name for field in dataclasses.fields(PrivacyConfig) if field.default is dataclasses.MISSING]
+
+
+def _add_privacy(parser: LightningArgumentParser) -> None:
+    """The settings of `PrivacyConfig`; those it requires may be left out together, for a run on public data alone."""
+    documented = docstring_parser.parse(PrivacyConfig.__doc__ or "").params
+    described = {entry.arg_name: entry.description for entry in documented}
+    types = get_type_hints(PrivacyConfig)
+    parser.add_class_arguments(PrivacyConfig, "privacy", skip={*_REQUIRED}, instantiate=False)
+    for name in _REQUIRED:
+        parser.add_argument(f"--privacy.{name}", type=types[name] | None, default=None, help=described[name])
+
+
+def _given_privacy(section: Any) -> Any:
+    """The privacy section, None if none of its required settings is given."""
+    missing = [name for name in _REQUIRED if section[name] is None]
+    if 0 < len(missing) < len(_REQUIRED):
+        raise ConfigError(f"the privacy section is incomplete: set privacy.{', privacy.'.join(missing)}")
+    return None if missing else section
+
+
+def _max_steps(steps: int | None) -> int:
+    """The trainer's limit: the releases, or none without a privacy section."""
+    return -1 if steps is None else steps
+
+
 def _config_error(error: BaseException | None) -> ConfigError | None:
     """The first of our own errors in a chain of causes."""
     while error is not None and not isinstance(error, ConfigError):
@@ -108,14 +151,14 @@ def _config_error(error: BaseException | None) -> ConfigError | None:
 
 def _lightning(arguments: list[str] | None) -> None:
     settings: dict[str, Any] = {
-        "description": "Train image classifiers under differential privacy. One more verb: `lightning-dp plan` prints "
-        "noise, epsilon and steps before anything is trained.",
+        "description": "Train image classifiers under differential privacy. More verbs: `lightning-dp plan` prints "
+        "noise, epsilon and steps before anything is trained; `lightning-dp generate` fills a synthetic pool.",
         "exit_on_error": False,
     }
     per_verb = {verb: {"exit_on_error": False} for verb in DPCLI.subcommands()}
     DPCLI(
-        Classifier,
-        DPDataModule,
+        LightningModule,
+        LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from lightning_dp.cli import main
-from lightning_dp.data import CIFAR10, MNIST, Digits, FashionMNIST, Records
+from lightning_dp.data import CIFAR10, MNIST, USPS, Digits, FashionMNIST, Records
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DATA, METHODS = sorted(CONFIGS.glob("data/*.yaml")), sorted(CONFIGS.glob("method/*.yaml"))
 VIEWS = [path for path in METHODS if "class_path: DPMix" in path.read_text()]  # as slow as they have views
-EXPERIMENTS = sorted(CONFIGS.glob("experiments/*.yaml"))
+PUBLIC = [CONFIGS / "experiments" / "usps_diffusion.yaml"]  # no private data, so neither a card nor an accuracy
+EXPERIMENTS = [path for path in sorted(CONFIGS.glob("experiments/*.yaml")) if path not in PUBLIC]
 
 
 @pytest.fixture
@@ -96,6 +97,25 @@ def test_every_experiment_fits(here, monkeypatch, experiment):
         monkeypatch.setattr(source, "load", made(*shape))
     main(["fit", *files(CONFIGS / "base.yaml", experiment), *SMALL])
     assert (here / "runs" / "version_0" / "privacy_card.json").is_file()
+
+
+def test_the_diffusion_model_fits_and_fills_its_pool(here, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(USPS, "load", made(1, 28))
+    few = ["--model.widths=[16]", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+    main(["fit", *files(CONFIGS / "base.yaml", *PUBLIC), *few, *SMALL[-3:]])
+    assert not list(here.glob("runs/**/privacy_card*"))
+    pool = CONFIGS / "generate" / "usps.yaml"
+    main(["generate", f"--config={pool}", "--per_class=1", "--generator.steps=1", "--device=cpu"])
+    assert len(list((here / "data" / "usps_pool").glob("*.png"))) == 10
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("generate/*.yaml")), ids=lambda path: path.stem)
+def test_every_pool_parses(here, capsys, path):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", f"--config={path}", "--print_config"])
+    assert stopped.value.code == 0
+    assert "generator" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("hardware", [None, *sorted(CONFIGS.glob("hardware/*.yaml"))], ids=str)

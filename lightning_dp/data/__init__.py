@@ -9,6 +9,8 @@ from lightning_dp.data.folders import Flowers102 as Flowers102
 from lightning_dp.data.folders import ImageFolder as ImageFolder
 from lightning_dp.data.folders import OxfordIIITPet as OxfordIIITPet
 from lightning_dp.data.loaders import EvalBatchSampler as EvalBatchSampler
+from lightning_dp.data.pool import FlatFolder as FlatFolder
+from lightning_dp.data.public import PublicDataModule as PublicDataModule
 from lightning_dp.data.records import RecordDataset as RecordDataset
 from lightning_dp.data.records import Records as Records
 from lightning_dp.data.records import content_hashes as content_hashes
@@ -29,5 +31,6 @@ from lightning_dp.data.transforms import Augmentation as Augmentation
 from lightning_dp.data.transforms import CropFlip as CropFlip
 from lightning_dp.data.transforms import Normalize as Normalize
 from lightning_dp.data.transforms import Shift as Shift
+from lightning_dp.data.usps import USPS as USPS
 from lightning_dp.data.views import ViewPlan as ViewPlan
 from lightning_dp.data.views import make_views as make_views

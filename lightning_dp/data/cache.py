@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lightning_dp.errors import ConfigError
 
 
-def decode_cached(files: Sequence[Path], image_size: int, folder: Path, name: str) -> Tensor:
+def decode_cached(files: Sequence[Path], image_size: int, folder: Path, name: str, channels: int = 3) -> Tensor:
     """Decode image files, or map the array in which an earlier call left them.
 
     The array is written under a temporary name and renamed when it is complete, so neither an interruption nor two
@@ -26,14 +26,16 @@ def decode_cached(files: Sequence[Path], image_size: int, folder: Path, name: st
         image_size: the short side is resized to this many pixels, then the centre square is kept.
         folder: where the arrays are kept.
         name: first part of the array's name; the rest changes with the list of files, their sizes and times.
+        channels: 3 for RGB, 1 for grey.
 
     Returns:
-        uint8 of shape (n, 3, image_size, image_size), RGB, memory-mapped; writing to it does not change the file.
+        uint8 of shape (n, channels, image_size, image_size), memory-mapped; writing to it does not change the file.
 
     Raises:
         ConfigError: a file cannot be decoded, or the folder not be written to.
     """
-    path = folder / f"{name}-{image_size}-{_fingerprint(files)}.npy"
+    kind = f"{name}-{image_size}" if channels == 3 else f"{name}-{image_size}-grey"
+    path = folder / f"{kind}-{_fingerprint(files)}.npy"
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,7 @@ def decode_cached(files: Sequence[Path], image_size: int, folder: Path, name: st
         except OSError as error:
             raise ConfigError(f"{folder} cannot be written to ({error}): set data.root to a folder of yours") from error
         try:
-            _decode_all(files, image_size, temporary, name)
+            _decode_all(files, (channels, image_size, image_size), temporary, name)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -59,13 +61,12 @@ def _fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _decode_all(files: Sequence[Path], image_size: int, path: Path, name: str) -> None:
+def _decode_all(files: Sequence[Path], shape: tuple[int, int, int], path: Path, name: str) -> None:
     """Write the decoded files, in order, as one .npy array."""
-    shape = (len(files), 3, image_size, image_size)
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(files), *shape))
 
     def store(index: int) -> None:
-        array[index] = _decode(files[index], image_size)
+        array[index] = _decode(files[index], shape)
 
     # threads serve: PIL releases the interpreter lock while it decodes and resizes
     with ThreadPoolExecutor() as pool:
@@ -75,11 +76,13 @@ def _decode_all(files: Sequence[Path], image_size: int, path: Path, name: str) -
     array.flush()
 
 
-def _decode(file: Path, image_size: int) -> np.ndarray:
-    """One image as uint8 (3, image_size, image_size)."""
+def _decode(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """One image as uint8 (channels, image_size, image_size)."""
     try:
         with Image.open(file) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (image_size, image_size), method=Image.Resampling.BICUBIC)
+            fitted = ImageOps.fit(
+                image.convert("RGB" if shape[0] == 3 else "L"), shape[1:], method=Image.Resampling.BICUBIC
+            )
     except (OSError, ValueError, SyntaxError) as error:  # PIL reports a broken PNG as SyntaxError
         raise ConfigError(f"{file} cannot be decoded ({error}): repair or remove it") from error
-    return np.asarray(fitted).transpose(2, 0, 1)
+    return np.asarray(fitted).reshape(*shape[1:], shape[0]).transpose(2, 0, 1)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dp.data.features import FeatureCache, FeatureDtype
 from lightning_dp.data.loaders import EvalBatchSampler, record_loader
+from lightning_dp.data.pool import describe_pool
 from lightning_dp.data.records import RecordDataset, Records
 from lightning_dp.data.roles import Roles, assign_roles
 from lightning_dp.data.sources import Source
@@ -103,6 +104,7 @@ class DPDataModule(LightningDataModule):
         self.privacy = privacy
         self._normalize = Normalize(source.mean, source.std)
         self._roles: Roles | None = None
+        self._pool: dict[str, Any] | None = None
         self._datasets: dict[str, RecordDataset] = {}
         self._check_settings()
 
@@ -169,6 +171,7 @@ class DPDataModule(LightningDataModule):
             "split_digest": None if self._roles is None else self._roles.public_digest(),
             "public": self._public_provenance(),
             "synthetic": None if self.synthetic is None else self.synthetic.name,
+            "synthetic_pool": self._pool,
             "overlaps": {} if self._roles is None else self._roles.public_overlaps(),
             "validation": self.validation,
             "validation_is_private": self.validation_is_private,
@@ -268,6 +271,9 @@ class DPDataModule(LightningDataModule):
             if other is not None:
                 sides[name] = other.load(self.root, True, False)
         roles = assign_roles(self.source.name, sides, self.split_settings, self.splits)
+        if self.synthetic is not None:
+            pool = roles.hashes["synthetic"], sides["synthetic"].labels
+            self._pool = describe_pool(self.synthetic, self.root, self.source.name, *pool)
         if self.encoder is not None:
             sides = {name: self._encode(side, self.encoder) for name, side in sides.items()}
         self._datasets = roles.datasets(sides)
