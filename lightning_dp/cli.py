@@ -17,6 +17,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lightning_dp import callbacks, data, methods, models
+from lightning_dp.compare import compare
 from lightning_dp.data import DPDataModule
 from lightning_dp.errors import ConfigError
 from lightning_dp.methods import Classifier
@@ -59,6 +60,9 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if arguments[:1] == ["plan"]:
             auto_cli(plan, args=arguments[1:], prog="lightning-dp plan", as_positional=False, exit_on_error=False)
+        elif arguments[:1] == ["compare"]:
+            given = ["--config" if word == "-c" else word for word in arguments[1:]]
+            auto_cli(compare, args=given, prog="lightning-dp compare", as_positional=False, exit_on_error=False)
         else:
             # Misleading here: the weights after a step are the ones to keep, and batches are addressed by step, so
             # they resume in mid-epoch; no validation role is a choice. The last is about code of Lightning's own.
@@ -108,8 +112,8 @@ def _config_error(error: BaseException | None) -> ConfigError | None:
 
 def _lightning(arguments: list[str] | None) -> None:
     settings: dict[str, Any] = {
-        "description": "Train image classifiers under differential privacy. One more verb: `lightning-dp plan` prints "
-        "noise, epsilon and steps before anything is trained.",
+        "description": "Train image classifiers under differential privacy. More verbs: `lightning-dp plan` prints "
+        "noise, epsilon and steps before anything is trained; `lightning-dp compare` runs a set of configurations.",
         "exit_on_error": False,
     }
     per_verb = {verb: {"exit_on_error": False} for verb in DPCLI.subcommands()}
