@@ -123,13 +123,15 @@ def test_a_killed_comparison_goes_on_and_makes_the_killed_run_again(here):
     with Path("log").open("w") as log:
         child = subprocess.Popen([sys.executable, "-c", script], stderr=log, start_new_session=True,
                                  env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(Path("out").glob("runs/ours*/attempt_0")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    with pytest.raises(SystemExit, match="another comparison is writing into out"):
-        run(spec)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    try:
+        deadline = time.monotonic() + 60
+        while not list(Path("out").glob("runs/ours*/attempt_0")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with pytest.raises(SystemExit, match="another comparison is writing into out"):
+            run(spec)
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
     assert [line["row"] for line in lines()] == ["paragon"]
     Path("go").touch()
     run(spec)
