@@ -19,6 +19,7 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lightning_dp import callbacks, data, methods, models
+from lightning_dp.compare import compare
 from lightning_dp.data import DPDataModule
 from lightning_dp.errors import ConfigError
 from lightning_dp.generate import generate
@@ -29,7 +30,7 @@ from lightning_dp.privacy import PrivacyConfig
 # Imported, so configurations can use the bare names of their classes.
 _NAMED = (methods, data, models, callbacks, pytorch_lightning.callbacks, torch.optim, torch.optim.lr_scheduler)
 
-_VERBS: dict[str, Callable[..., None]] = {"plan": plan, "generate": generate}
+_VERBS: dict[str, Callable[..., None]] = {"plan": plan, "generate": generate, "compare": compare}
 """Verbs besides those of LightningCLI, by name."""
 
 
@@ -75,7 +76,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if arguments and arguments[0] in _VERBS:
             verb = arguments[0]
             prog = f"lightning-dp {verb}"
-            auto_cli(_VERBS[verb], args=arguments[1:], prog=prog, as_positional=False, exit_on_error=False)
+            given = ["--config" if word == "-c" else word for word in arguments[1:]]
+            auto_cli(_VERBS[verb], args=given, prog=prog, as_positional=False, exit_on_error=False)
         else:
             # Misleading here: the weights after a step are the ones to keep, and batches are addressed by step, so
             # they resume in mid-epoch; no validation role is a choice. The last is about code of Lightning's own.
@@ -152,7 +154,8 @@ def _config_error(error: BaseException | None) -> ConfigError | None:
 def _lightning(arguments: list[str] | None) -> None:
     settings: dict[str, Any] = {
         "description": "Train image classifiers under differential privacy. More verbs: `lightning-dp plan` prints "
-        "noise, epsilon and steps before anything is trained; `lightning-dp generate` fills a synthetic pool.",
+        "noise, epsilon and steps before anything is trained; `lightning-dp generate` fills a synthetic pool; "
+        "`lightning-dp compare` runs a set of configurations.",
         "exit_on_error": False,
     }
     per_verb = {verb: {"exit_on_error": False} for verb in DPCLI.subcommands()}

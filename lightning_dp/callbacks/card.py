@@ -95,7 +95,7 @@ def make_card(trainer: Trainer, module: DPModule) -> dict[str, Any]:
         "ledger": None if mechanism.ledger.path is None else mechanism.ledger.path.name,
         "rng": "; then ".join(mechanism.rng_history),
         "claims": [],
-        "outside_the_guarantee": _pictures(trainer) + _outside(private_validation),
+        "outside_the_guarantee": [*_pictures(trainer), *module.private_diagnostics(), *_outside(private_validation)],
         "metrics": _metrics(trainer),
         "data": data,
         "precision": trainer.precision,

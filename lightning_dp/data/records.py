@@ -48,6 +48,7 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, records: Records, rows: np.ndarray | None = None) -> None:
         self.records = records
         self.rows = torch.arange(len(records)) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
+        self._whole: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,8 +58,16 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
         return _served(self.records.images[row]), self.records.labels[row]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch in one indexing call: images (n, ...) and labels (n,); n is 0 for an empty list."""
-        rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
+        """A whole batch in one indexing call: images (n, ...) and labels (n,); n is 0 for an empty list.
+
+        The full batch is copied out once and then handed out again and again: not to be written to.
+        """
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        if len(self) and torch.equal(chosen, torch.arange(len(self))):
+            if self._whole is None:
+                self._whole = _served(self.records.images[self.rows]), self.records.labels[self.rows]
+            return self._whole
+        rows = self.rows[chosen]
         return _served(self.records.images[rows]), self.records.labels[rows]
 
     def gather(self) -> Records:

@@ -83,6 +83,10 @@ class DPModule(Classifier, ABC):
             prepare=self.prepare,
         )
 
+    def private_diagnostics(self) -> list[str]:
+        """What this run wrote from private records without noise, because it was asked to; it goes on the card."""
+        return []
+
     @property
     def mechanism(self) -> Mechanism:
         """The mechanism of this run; holds the ledger.

@@ -145,7 +145,10 @@ def calibrate(
         release = Release(math.exp(log_sigma), sample_rate, steps)
         return epsilon([release], delta, adjacency, accountant) - target_epsilon
 
-    low, high = math.log(0.5), math.log(1.0)
+    # Far below the answer a PLD takes seconds. Full-batch Gaussians compose to one, whose classical bound is near.
+    classical = math.sqrt(steps * 2 * math.log(1.25 / delta)) / target_epsilon
+    high = math.log(classical if sample_rate == 1 else 1.0)
+    low = high - math.log(2)
     while excess(high) > 0:
         low, high = high, high + math.log(2)
         if high > math.log(1e6):

@@ -85,3 +85,13 @@ def test_loader_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
     assert len(list(record_loader(RecordDataset(records(9)), EvalBatchSampler(9, 4), 0))) == 3
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_full_batch_is_copied_once_and_is_the_role():
+    records = Records(torch.arange(12.0).view(6, 2), torch.arange(6))
+    dataset = RecordDataset(records, np.array([0, 2, 5]))
+    first, second = dataset.__getitems__([0, 1, 2]), dataset.__getitems__([0, 1, 2])
+    assert first[0].data_ptr() == second[0].data_ptr()
+    assert first[0].tolist() == records.images[[0, 2, 5]].tolist()
+    assert dataset.__getitems__([1, 0, 2])[1].tolist() == [2, 0, 5]
+    assert len(dataset.__getitems__([])[1]) == 0
