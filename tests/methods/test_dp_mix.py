@@ -15,6 +15,7 @@ from lightning_dp.errors import ConfigError
 from lightning_dp.methods import DPSGD, DPMix, dp_mix
 from lightning_dp.models import LinearHead
 from lightning_dp.privacy.accounting import Release
+from lightning_dp.privacy.engines import OneBackward
 from lightning_dp.privacy.sampling import PoissonBatchSampler
 from tests import reference
 from tests.data.made import Generated
@@ -60,6 +61,7 @@ def seen(monkeypatch):
         return views, targets
 
     monkeypatch.setattr(dp_mix, "make_views", spy)
+    monkeypatch.setattr(OneBackward, "_records_per_pass", lambda *arguments: 1 << 30)  # one pass, and no look before it
     return calls
 
 
