@@ -182,13 +182,13 @@ class TrainedDiffusion(Generator):
     Args:
         checkpoint: written by ``lightning-dp fit`` on `PublicDataModule`.
         steps: denoising steps.
-        guidance: 1 follows the class as learned; more exaggerates what tells it from the others.
+        guidance: 1 follows the class as learned; more exaggerates what tells it from the others, and soon overexposes.
 
     Raises:
         ConfigError: ``steps`` below 1.
     """
 
-    def __init__(self, checkpoint: Path, steps: int = 50, guidance: float = 1.5) -> None:
+    def __init__(self, checkpoint: Path, steps: int = 50, guidance: float = 1.0) -> None:
         if steps < 1:
             raise ConfigError(f"generator.steps {steps} must be at least 1")
         self.checkpoint = checkpoint
