@@ -14,8 +14,8 @@ from lightning_dp.data.features import FeatureCache, FeatureDtype
 from lightning_dp.data.loaders import EvalBatchSampler, record_loader
 from lightning_dp.data.pool import describe_pool
 from lightning_dp.data.records import RecordDataset, Records
-from lightning_dp.data.roles import Roles, assign_roles
-from lightning_dp.data.sources import Source
+from lightning_dp.data.roles import Roles, assign_roles, check_num_examples
+from lightning_dp.data.sources import Source, check_compatible
 from lightning_dp.data.splits import SplitSettings
 from lightning_dp.data.transforms import Augmentation, Normalize
 from lightning_dp.errors import ConfigError
@@ -26,7 +26,6 @@ from lightning_dp.privacy.sampling import PoissonBatchSampler
 
 Batch = tuple[Tensor, Tensor]
 ROLES = ("private", "public", "synthetic", "validation", "test", "audit")
-_N_TOLERANCE = 0.01  # of privacy.num_examples, which is rounded because the exact count is itself private
 
 
 class DPDataModule(LightningDataModule):
@@ -134,7 +133,8 @@ class DPDataModule(LightningDataModule):
         if self._roles is None:
             self._roles = self._load()
         if stage == "fit":
-            self._check_num_examples()
+            if self.privacy is not None:
+                check_num_examples(len(self._datasets["private"]), self.privacy.num_examples)
             self._save(self._roles)
 
     def role(self, name: str) -> Records:
@@ -262,7 +262,7 @@ class DPDataModule(LightningDataModule):
             raise ConfigError("data.eval_batch_size must be at least 1 and data.num_workers at least 0: correct them")
         for role, other in (("public", self.public), ("synthetic", self.synthetic)):
             if other is not None:
-                _check_compatible(role, other, self.source)
+                check_compatible(role, other, self.source)
 
     def _load(self) -> Roles:
         """Load every side, assign and check the roles on raw images, and only then encode."""
@@ -288,17 +288,6 @@ class DPDataModule(LightningDataModule):
         features = self.cache.features(side.images, encoder, normalize, self.eval_batch_size, device)
         return Records(features, side.labels)
 
-    def _check_num_examples(self) -> None:
-        if self.privacy is None:
-            return
-        actual, declared = len(self._datasets["private"]), self.privacy.num_examples
-        if abs(actual - declared) > _N_TOLERANCE * declared:
-            about = float(f"{actual:.3g}")
-            raise ConfigError(
-                f"privacy.num_examples is {declared} but the private role holds about {about:.0f} records: "
-                f"set it to a rounded public figure near {about:.0f}"
-            )
-
     def _save(self, roles: Roles) -> None:
         if self.trainer is None:
             return
@@ -317,18 +306,3 @@ class DPDataModule(LightningDataModule):
         if self.split_settings.public_per_class:
             return f"{self.split_settings.public_per_class} per class of {self.source.name}, taken out of private"
         return None
-
-
-def _check_compatible(role: str, other: Source, source: Source) -> None:
-    """Refuse records that the source's network could not take."""
-    if (other.channels, other.image_size) != (source.channels, source.image_size):
-        raise ConfigError(
-            f"data.{role} {other.name} has {other.channels} x {other.image_size} x {other.image_size} images but "
-            f"data.source {source.name} {source.channels} x {source.image_size} x {source.image_size}: "
-            "choose data of the same shape"
-        )
-    if other.num_classes > source.num_classes:
-        raise ConfigError(
-            f"data.{role} {other.name} has {other.num_classes} classes but data.source {source.name} only "
-            f"{source.num_classes}: choose data with the same classes"
-        )

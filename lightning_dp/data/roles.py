@@ -19,6 +19,9 @@ from lightning_dp.data.splits import (
     save_splits,
     split_indices,
 )
+from lightning_dp.errors import ConfigError
+
+_N_TOLERANCE = 0.01  # of privacy.num_examples, which is rounded because the exact count is itself private
 
 
 @dataclass(frozen=True)
@@ -85,3 +88,17 @@ def assign_roles(source: str, sides: Mapping[str, Records], settings: SplitSetti
             stacklevel=2,
         )
     return Roles(split, hashes, overlaps)
+
+
+def check_num_examples(actual: int, declared: int) -> None:
+    """Refuse a declared size of the private role that is not about the true one.
+
+    Raises:
+        ConfigError: they differ by more than one percent.
+    """
+    if abs(actual - declared) > _N_TOLERANCE * declared:
+        about = float(f"{actual:.3g}")
+        raise ConfigError(
+            f"privacy.num_examples is {declared} but the private role holds about {about:.0f} records: "
+            f"set it to a rounded public figure near {about:.0f}"
+        )

@@ -232,3 +232,27 @@ class SVHN(Source):
         split = "train" if train else "test"
         data = open_dataset(self.name, root, download, lambda: datasets.SVHN(str(root), split, download=download))
         return _records(data.data, data.labels)
+
+
+def check_compatible(role: str, other: Source, source: Source) -> None:
+    """Refuse records that the source's network could not take.
+
+    Args:
+        role: of the other records: "public" or "synthetic".
+        other: their source.
+        source: source of the private records.
+
+    Raises:
+        ConfigError: shape or classes differ.
+    """
+    if (other.channels, other.image_size) != (source.channels, source.image_size):
+        raise ConfigError(
+            f"data.{role} {other.name} has {other.channels} x {other.image_size} x {other.image_size} images but "
+            f"data.source {source.name} {source.channels} x {source.image_size} x {source.image_size}: "
+            "choose data of the same shape"
+        )
+    if other.num_classes > source.num_classes:
+        raise ConfigError(
+            f"data.{role} {other.name} has {other.num_classes} classes but data.source {source.name} only "
+            f"{source.num_classes}: choose data with the same classes"
+        )
