@@ -28,6 +28,21 @@ class Shared(nn.Module):
         return self.second(torch.tanh(self.first(torch.tanh(self.first(x)))))
 
 
+class CalledTwice(nn.Module):
+    """A convolution, with standardised filters or without, and norms that are called twice."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv(4, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.last = nn.RMSNorm(5)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = self.last(torch.tanh(self.norm(self.conv(x))))
+        return x
+
+
 class Tied(nn.Module):
     """A table that is looked up and used as the last linear map."""
 
@@ -165,6 +180,8 @@ LAYERS = {
     "prelu": (lambda: nn.PReLU(4), IMAGES),
     "custom function": (lambda: Customised(6, 3), VECTORS),
     "module called twice": (lambda: Shared(), VECTORS),
+    "convolution called twice": (lambda: CalledTwice(nn.Conv2d), IMAGES),
+    "standardised convolution called twice": (lambda: CalledTwice(WSConv2d), IMAGES),
     "tied table": (lambda: Tied(), "ids"),
     "direct parameters": (lambda: Direct(), (RECORDS, 3, 4)),
     "in place": (lambda: InPlace(), (RECORDS, 2, 4, 4)),
