@@ -1,10 +1,10 @@
 """Wide residual networks with GroupNorm."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dp.errors import ConfigError
+from lightning_dp.privacy.engines.standardize import standardized_filters
 
 
 class WSConv2d(nn.Conv2d):
@@ -21,11 +21,7 @@ class WSConv2d(nn.Conv2d):
 
     def standardized_weight(self) -> Tensor:
         """Return the filters that are used, (out_channels, in_channels / groups, height, width)."""
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        fan_in = self.weight[0].numel()
-        # the small constant keeps the gradient finite for a filter of equal weights
-        standardized: Tensor = (self.weight - mean) * (variance * fan_in + 1e-4).rsqrt()
-        return standardized
+        return standardized_filters(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (n, in_channels, H, W) with the standardised filters."""
@@ -72,6 +68,7 @@ class WideResNet(nn.Module):
         ConfigError: depth is not 4 + 6 k, width is below 1 or groups does not divide 16.
 
     Example:
+        >>> import torch
         >>> WideResNet(depth=10, width=1)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """

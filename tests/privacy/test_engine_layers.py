@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_dp.models import WSConv2d
+from lightning_dp.privacy.engines.standardize import standardized_filters
 from tests.privacy.gradients import RECORDS, check, perturbed
 
 
@@ -25,6 +26,21 @@ class Shared(nn.Module):
 
     def forward(self, x):
         return self.second(torch.tanh(self.first(torch.tanh(self.first(x)))))
+
+
+class CalledTwice(nn.Module):
+    """A convolution, with standardised filters or without, and norms that are called twice."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv(4, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.last = nn.RMSNorm(5)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = self.last(torch.tanh(self.norm(self.conv(x))))
+        return x
 
 
 class Tied(nn.Module):
@@ -114,6 +130,21 @@ class Customised(nn.Linear):
         return Custom.apply(super().forward(x), self.bias)
 
 
+class StandardizedTwice(nn.Module):
+    """Standardised filters that are used twice, and whose parameter is used by itself as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.derived = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        filters = standardized_filters(self.weight)
+        x = F.conv2d(torch.tanh(F.conv2d(x, filters, padding=1)), filters, padding=1)
+        x = F.conv2d(x, standardized_filters(self.weight.tanh())) + F.conv2d(x, self.weight)
+        return F.linear(x.mean((2, 3)), standardized_filters(self.derived.T))
+
+
 IMAGES, SEQUENCES, VECTORS = (RECORDS, 4, 6, 5), (RECORDS, 5, 6), (RECORDS, 6)
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 3), VECTORS),
@@ -132,6 +163,11 @@ LAYERS = {
     "conv2d, valid": (lambda: nn.Conv2d(4, 6, 3, padding="valid"), IMAGES),
     "conv2d, reflected": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), IMAGES),
     "conv2d, standardised": (lambda: WSConv2d(4, 6, 3, padding=1), IMAGES),
+    "conv2d, standardised, 1x1": (lambda: WSConv2d(4, 6, 1, bias=False), IMAGES),
+    "conv2d, standardised, stride": (lambda: WSConv2d(4, 6, 3, stride=2, padding=1), IMAGES),
+    "conv2d, standardised, uneven": (lambda: WSConv2d(4, 6, (3, 2), padding=(0, 1), dilation=(1, 2)), IMAGES),
+    "conv2d, standardised, groups": (lambda: WSConv2d(4, 6, 3, groups=2), IMAGES),
+    "standardised twice": (lambda: StandardizedTwice(), IMAGES),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), (RECORDS, 2, 4, 4, 4)),
     "transposed conv": (lambda: nn.ConvTranspose2d(4, 3, 2), IMAGES),
     "embedding": (lambda: nn.Embedding(7, 4, padding_idx=2), "ids"),
@@ -144,6 +180,8 @@ LAYERS = {
     "prelu": (lambda: nn.PReLU(4), IMAGES),
     "custom function": (lambda: Customised(6, 3), VECTORS),
     "module called twice": (lambda: Shared(), VECTORS),
+    "convolution called twice": (lambda: CalledTwice(nn.Conv2d), IMAGES),
+    "standardised convolution called twice": (lambda: CalledTwice(WSConv2d), IMAGES),
     "tied table": (lambda: Tied(), "ids"),
     "direct parameters": (lambda: Direct(), (RECORDS, 3, 4)),
     "in place": (lambda: InPlace(), (RECORDS, 2, 4, 4)),
@@ -165,7 +203,10 @@ def test_layer_equals_the_loop_over_records(name):
     check(perturbed(make()), inputs(shape))
 
 
-@pytest.mark.parametrize("name", ["conv2d", "conv2d, stride", "conv2d, groups", "linear on a sequence", "group norm"])
+@pytest.mark.parametrize(
+    "name",
+    ["conv2d", "conv2d, stride", "conv2d, groups", "conv2d, standardised", "linear on a sequence", "group norm"],
+)
 def test_views_of_a_record_are_averaged_before_the_clip(name):
     make, shape = LAYERS[name]
     views = torch.randn(RECORDS, 4, *shape[1:])

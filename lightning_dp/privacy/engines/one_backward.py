@@ -37,7 +37,8 @@ class OneBackward:
 
     Guarantee: that of `clipping.clipped_sum`. The loss is called on one record at a time (under ``vmap``), so it cannot
     see another. A parameter that is used in a way which cannot be followed takes the whole loss to
-    `clipping.clipped_sum`, with one message in the log; no parameter is ever left out.
+    `clipping.clipped_sum`, with one message in the log; no parameter is ever left out. What `torch.compile` compiled
+    runs uncompiled.
 
     Args:
         loss: (parameters by name, *record) -> scalar. Several views of a record are an axis of the record; the loss
@@ -133,7 +134,9 @@ class OneBackward:
         """The forward pass of some records: what it was recorded with, and the losses (records,)."""
         tracer = Tracer(Tape(leaves_of(parameters), dtype), RULES)
         row = torch.zeros(len(records[0]), device=records[0].device)
-        losses: Tensor = vmap(tracer.loss_of_one(self._loss), randomness="different")(row, *records)
+        # what was compiled was compiled without the tracer, and would have to be again, in pieces, at every pass
+        with torch.compiler.set_stance("force_eager"):
+            losses: Tensor = vmap(tracer.loss_of_one(self._loss), randomness="different")(row, *records)
         if losses.shape != row.shape:
             raise ConfigError(f"the loss of one record has shape {tuple(losses.shape[1:])}: return a scalar")
         return tracer, losses

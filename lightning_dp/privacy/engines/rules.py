@@ -16,6 +16,7 @@ from lightning_dp.privacy.engines.layers import (
     LayerNormLayer,
     LinearLayer,
 )
+from lightning_dp.privacy.engines.standardize import StandardizedConvGradient, standardized_filters
 from lightning_dp.privacy.engines.tape import Source, Use
 from lightning_dp.privacy.engines.tracing import Rule, Tracer
 
@@ -61,14 +62,21 @@ def _conv(
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # (records, views, channels, ...), for the kernels; a record may come without an axis of views
         a = x.shape if x.ndim > weight.ndim else torch.Size((len(x), 1, *x.shape[1:]))
-        gradient = ConvGradient(weight.shape, *settings)
+        gradient, uses = _conv_gradient(tracer, ConvGradient(weight.shape, *settings), sources)
         g = torch.Size((*a[:2], len(weight), *_outputs(a[3:], weight.shape[2:], settings)))
-        collect = _collect(tracer, sources, gradient, a, g)
+        collect = _collect(tracer, uses, gradient, a, g)
         images = x.reshape(-1, *a[2:])
         y: Tensor = ConvLayer.apply(images, weight.detach(), _detached(bias), tracer.gate, settings, collect)
         return y.view(*x.shape[: -weight.ndim + 1], *g[2:])
 
     return tracer.at_batch_level(run, input, weight, bias)
+
+
+def _standardized_filters(tracer: Tracer, weight: Tensor) -> Any:
+    raw = tracer.source(weight)
+    if raw is None or not raw.is_parameter:
+        return NotImplemented
+    return tracer.derive_filters(standardized_filters, raw)
 
 
 def _embedding(
@@ -167,6 +175,7 @@ def _rms_norm(
 
 
 RULES: dict[Any, Rule] = {
+    standardized_filters: _standardized_filters,
     F.linear: _linear,
     F.conv1d: _conv,
     F.conv2d: _conv,
@@ -179,6 +188,16 @@ RULES: dict[Any, Rule] = {
     F.scaled_dot_product_attention: dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention,
 }
+
+
+def _conv_gradient(
+    tracer: Tracer, conv: ConvGradient, sources: tuple[Source | None, Source | None]
+) -> tuple[WeightGradient, tuple[Source | None, Source | None]]:
+    """Kernels of a convolution, and the weight and bias that they are for: the raw one of a standardised weight."""
+    weight, bias = sources
+    if weight is None or weight.raw is None:
+        return conv, sources
+    return StandardizedConvGradient.of(conv, weight.raw.tensor, tracer.tape.dtype), (weight.raw, bias)
 
 
 def _collect(

@@ -21,11 +21,13 @@ class Source:
         tensor: its value, in the autograd graph of the parameters.
         names: the parameters it depends on.
         is_parameter: whether it is a parameter itself.
+        raw: the parameter whose standardised filters it is, if it is that.
     """
 
     tensor: Tensor
     names: tuple[str, ...]
     is_parameter: bool
+    raw: "Source | None" = None
 
 
 @final

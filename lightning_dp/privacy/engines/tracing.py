@@ -114,6 +114,12 @@ class Tracer(TorchFunctionMode):
         """What is known of a tensor; None for records, constants and frozen parameters."""
         return self._sources.get(id(tensor)) if isinstance(tensor, Tensor) else None
 
+    def derive_filters(self, run: Callable[..., Tensor], raw: Source) -> Tensor:
+        """Remember ``run`` of a parameter as its standardised filters."""
+        result = run(raw.tensor)
+        self._sources[id(result)] = Source(result, raw.names, False, raw)
+        return result
+
     def at_batch_level(self, run: Callable[..., Tensor], records: Tensor, *weights: Tensor | None) -> Tensor:
         """Call ``run(records, *weights)`` once for all records, shape (records, ...); weights have no record axis.
 
