@@ -28,7 +28,7 @@ Prepare = Callable[..., tuple[Tensor, ...]]
 DEFAULT_MEMORY_BUDGET = 64 << 20
 # Inputs and outputs of layers that a pass keeps on a CPU, per layer: more go out to memory and come back, less is not
 # worth a layer's fixed work. Measured.
-_BYTES_PER_USE = 8 << 20
+_BYTES_PER_USE = 16 << 20
 
 
 @final
