@@ -45,10 +45,17 @@ class DPCLI(LightningCLI):
         _add_privacy(parser)
         parser.link_arguments("privacy", "model.init_args.privacy", compute_fn=_given_privacy)
         parser.link_arguments("privacy", "data.init_args.privacy", compute_fn=_given_privacy)
-        parser.link_arguments("privacy.steps", "trainer.max_steps", compute_fn=_max_steps)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer; what Lightning cannot build is reported in one line."""
+        """The trainer, limited to the accounted steps; what Lightning cannot build is reported in one line.
+
+        No link of the parser: without a privacy section ``trainer.max_steps`` is free to be given.
+        """
+        steps, limit = (self._get(self.config, key) for key in ("privacy.steps", "trainer.max_steps"))
+        if steps is not None:
+            if limit not in (-1, steps):
+                raise ConfigError(f'trainer.max_steps {limit} must be given via "privacy.steps", which is {steps}')
+            kwargs["max_steps"] = steps
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, ImportError, RuntimeError) as error:
@@ -137,11 +144,6 @@ def _given_privacy(section: Any) -> Any:
     if 0 < len(missing) < len(_REQUIRED):
         raise ConfigError(f"the privacy section is incomplete: set privacy.{', privacy.'.join(missing)}")
     return None if missing else section
-
-
-def _max_steps(steps: int | None) -> int:
-    """The trainer's limit: the releases, or none without a privacy section."""
-    return -1 if steps is None else steps
 
 
 def _config_error(error: BaseException | None) -> ConfigError | None:

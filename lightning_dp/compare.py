@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from lightning_dp.errors import ConfigError
 from lightning_dp.report import Result, write_report
 
 _FIT = (sys.executable, "-m", "lightning_dp", "fit")
-_CARD = ("method", "epsilon", "delta", "adjacency", "unit", "accountant", "noise_multiplier", "rng")
+_CARD = ("method", "epsilon", "delta", "adjacency", "unit", "accountant", "noise_multiplier", "rng", "data")
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,14 @@ class Run:
     seed: int
     arguments: tuple[str, ...]
     files: tuple[str, ...]
+    digest: str
+    """Of the arguments and of what the files held when the run was planned."""
 
     @property
     def name(self) -> str:
-        """Readable and unique: the digest covers all arguments and the contents of all files."""
-        digest = hashlib.blake2b("\0".join(self.arguments).encode(), digest_size=5)
-        for file in self.files:
-            digest.update(Path(file).read_bytes())
+        """Readable and unique."""
         budget = [] if self.epsilon is None else [f"eps{self.epsilon:g}"]
-        words = [self.row, *self.axes.values(), *budget, f"seed{self.seed}", digest.hexdigest()]
+        words = [self.row, *self.axes.values(), *budget, f"seed{self.seed}", self.digest]
         return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
 
 
@@ -140,7 +140,11 @@ def plan_runs(
     axes: Mapping[str, Mapping[str, Part]],
     seed_settings: Sequence[str],
 ) -> Iterator[Run]:
-    """Every run of a comparison; seeds vary slowest, so that a stopped comparison has whole rounds."""
+    """Every run of a comparison; seeds vary slowest, so that a stopped comparison has whole rounds.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
     places = itertools.product(*([(axis, *place) for place in places.items()] for axis, places in axes.items()))
     for seed, place, (name, row) in itertools.product(seeds, list(places), rows.items()):
         parts: list[Part | Row] = [common, *(part for _, _, part in place), row]
@@ -153,7 +157,8 @@ def plan_runs(
             words += [
                 f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in every.items()
             ]
-            yield Run(name, {axis: label for axis, label, _ in place}, epsilon, seed, tuple(words), tuple(files))
+            labels = {axis: label for axis, label, _ in place}
+            yield Run(name, labels, epsilon, seed, tuple(words), tuple(files), _digest(words, files))
 
 
 def read_results(path: Path, metric: str) -> dict[str, Result]:
@@ -172,6 +177,9 @@ def read_results(path: Path, metric: str) -> dict[str, Result]:
 def _check(rows: Mapping[str, Row], seeds: Sequence[int], epsilons: Sequence[float], named: Sequence[str]) -> None:
     if not rows or not seeds or (not epsilons and any(row.private for row in rows.values())):
         raise ConfigError("a comparison needs rows, seeds and (for private rows) epsilons: set them")
+    for key, values in (("seeds", seeds), ("epsilons", epsilons)):
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{key} {list(values)} has a value twice, which would count one run as two: remove it")
     if unknown := [name for name in named if name not in rows]:
         raise ConfigError(f"paragon or only_public {unknown[0]} is not among the rows {', '.join(rows)}: correct it")
     if private := [name for name in named if rows[name].private]:
@@ -201,7 +209,11 @@ def _run(run: Run, folder: Path, metric: str, threads: int) -> Result:
     """One process from start to end, and what it left.
 
     A killed attempt keeps its folder: its ledger says what was released.
+
+    Raises:
+        ConfigError: it failed, or its files are no longer those of its name, so that nobody knows what it read.
     """
+    _check_unchanged(run)
     folder.mkdir(parents=True, exist_ok=True)
     attempt = next(name for i in itertools.count() if not (folder / (name := f"attempt_{i}")).exists())
     (folder / attempt).mkdir()
@@ -215,7 +227,13 @@ def _run(run: Run, folder: Path, metric: str, threads: int) -> Result:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **slots}).returncode
     if status:
         raise ConfigError(f"{run.name} ended with status {status}: see {log.name}")
-    card, metrics = (_json(folder / attempt / f"{name}.json") for name in ("privacy_card", "metrics"))
+    _check_unchanged(run)
+    return _result(run, folder / attempt, metric, time.perf_counter() - started)
+
+
+def _result(run: Run, folder: Path, metric: str, seconds: float) -> Result:
+    """What a finished run left in its log directory."""
+    card, metrics = (_json(folder / f"{name}.json") for name in ("privacy_card", "metrics"))
     metrics = {**metrics, **card.get("metrics", {})}
     if metric not in metrics:
         raise ConfigError(f"{run.name} left no {metric}: add the callbacks of configs/base.yaml, or correct metric")
@@ -227,10 +245,26 @@ def _run(run: Run, folder: Path, metric: str, threads: int) -> Result:
         "seed": run.seed,
         "metrics": metrics,
         "card": {key: card[key] for key in _CARD} if card else None,
-        "seconds": round(time.perf_counter() - started, 2),
-        "folder": str(folder / attempt),
+        "version": version("lightning_dp"),
+        "seconds": round(seconds, 2),
+        "folder": str(folder),
         "arguments": list(run.arguments),
     }
+
+
+def _digest(arguments: Sequence[str], files: Sequence[str]) -> str:
+    digest = hashlib.blake2b("\0".join(arguments).encode(), digest_size=5)
+    for file in files:
+        try:
+            digest.update(Path(file).read_bytes())
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read ({error.strerror}): correct files, or put it there") from error
+    return digest.hexdigest()
+
+
+def _check_unchanged(run: Run) -> None:
+    if _digest(run.arguments, run.files) != run.digest:
+        raise ConfigError(f"{run.name}: one of {', '.join(run.files)} changed during the comparison: start again")
 
 
 def _append(path: Path, result: Result) -> None:

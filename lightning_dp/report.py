@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
-"""A line of ``results.jsonl``: name, row, axes, epsilon_target, seed, metrics, card (None without privacy), seconds."""
+"""A line of ``results.jsonl``: name, row, axes, epsilon_target, seed, metrics, card (None without privacy; its "data"
+says which split, pool and encoder were used), version of lightning_dp, seconds, folder, arguments."""
 
 _COLUMNS = ("row", "epsilon target", "error %", "standard error", "n", "error increase %", "certified", "seconds")
 

@@ -78,7 +78,7 @@ def test_one_privacy_section_serves_model_data_and_trainer(here, capsys):
         main([*short(), "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["privacy"]["steps"] == 4
-    with pytest.raises(SystemExit, match=r'must be given via "privacy.steps"'):
+    with pytest.raises(SystemExit, match=r'max_steps 5 must be given via "privacy.steps", which is 4'):
         main([*short(), "--trainer.max_steps=5"])
 
 
@@ -106,6 +106,14 @@ def test_a_mistake_is_answered_in_one_line_and_leaves_nothing(here, message, giv
     assert "\n" not in str(stopped.value)
     assert not list(here.glob("runs/**/*.ckpt"))
     assert not list(here.glob("runs/**/ledger.jsonl"))
+
+
+def test_without_a_privacy_section_the_trainer_has_its_own_number_of_steps(here):
+    public = ["--data=PublicDataModule", "--data.source=Digits", "--data.batch_size=8", "--model=ClassDiffusion"]
+    model = ["--model.num_classes=10", "--model.image_size=8", "--model.widths=[16]", "--trainer.max_steps=3"]
+    main(arguments("fit", ["base"], *public, *model))
+    checkpoint = here / "runs" / "version_0" / "checkpoints" / "last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 3
 
 
 def test_help_lists_the_verbs(capsys):

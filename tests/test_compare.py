@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ folder = pathlib.Path(given["--trainer.logger.save_dir"], given["--trainer.logge
 assert os.environ["OMP_NUM_THREADS"] == "1"
 while "--slow" in given and not pathlib.Path("go").exists():
     time.sleep(0.02)
+if "--edit" in given:
+    pathlib.Path(given["--edit"]).open("a").write("# edited\\n")
 if "--fail" in given and not pathlib.Path("go").exists():
     sys.exit("no luck")
 seed, epsilon = int(given["--seed_everything"]), given.get("--privacy.epsilon")
@@ -34,7 +37,7 @@ accuracy = {None: 0.9, "1.0": 0.5, "3.0": 0.7}[epsilon] + 0.01 * seed
 (folder / "metrics.json").write_text(json.dumps({"test/accuracy": accuracy}))
 if epsilon:
     card = {"method": "DPSGD", "epsilon": float(epsilon) - 0.01, "delta": 1e-5, "adjacency": "add_remove",
-            "unit": "image", "accountant": "pld", "noise_multiplier": 1.0, "rng": "fresh",
+            "unit": "image", "accountant": "pld", "noise_multiplier": 1.0, "rng": "fresh", "data": {"encoder": "A"},
             "metrics": {"test/accuracy": accuracy}}
     (folder / "privacy_card.json").write_text(json.dumps(card))
 """
@@ -70,7 +73,9 @@ def lines():
     return [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
 
 
-def test_rows_seeds_epsilons_and_axes_are_crossed_and_controls_run_once_per_seed():
+def test_rows_seeds_epsilons_and_axes_are_crossed_and_controls_run_once_per_seed(here):
+    for name in ("base", "five", "ours"):
+        Path(f"{name}.yaml").touch()
     rows = {"control": Row(private=False), "ours": Row(files=["ours.yaml"], settings={"b": [1, 2]})}
     axes = {"shots": {"2": Part(settings={"a": 2}), "5": Part(["five.yaml"])}}
     runs = list(plan_runs(rows, [0, 1], [1.0, 3.0], Part(["base.yaml"], {"a": 1}), axes, ["seed_everything", "s"]))
@@ -84,6 +89,8 @@ def test_rows_seeds_epsilons_and_axes_are_crossed_and_controls_run_once_per_seed
 def test_a_comparison_ends_with_a_table_a_plot_and_what_epsilon_means(here, capsys):
     run(SPEC, "--jobs", "2")
     assert len(lines()) == 2 * (1 + 2)
+    assert {line["version"] for line in lines()} == {version("lightning_dp")}
+    assert [line["card"]["data"] for line in lines() if line["row"] == "ours"] == 4 * [{"encoder": "A"}]
     table = list(csv.DictReader(Path("out/table.csv").read_text().splitlines()))
     assert [(line["row"], line["epsilon target"], line["n"]) for line in table] == [
         ("paragon", "", "2"),
@@ -113,6 +120,21 @@ def test_finished_runs_are_not_made_again_and_changed_ones_are(here):
         file.write('{"name": "torn')
     run({**SPEC, "seeds": [0, 1, 2]})
     assert len(read_results(Path("out/results.jsonl"), "test/accuracy")) == 2 * len(before) + 3
+
+
+def test_a_run_whose_files_change_under_it_does_not_count(here):
+    spec = {**SPEC, "rows": {"ours": SPEC["rows"]["ours"]}, "seeds": [0], "epsilons": [1.0], "paragon": None}
+    spec["common"] = {"files": ["common.yaml"], "settings": {"edit": "common.yaml"}}
+    with pytest.raises(SystemExit, match=r"1 of 1 runs failed, .* one of common.yaml changed during") as stopped:
+        run(spec)
+    assert "\n" not in str(stopped.value)
+    assert not Path("out/results.jsonl").exists()
+    (folder,) = Path("out/runs").iterdir()
+    assert str(stopped.value).count(folder.name) == 1
+    # a run that waits in the queue while a file changes is not even started: it would spend budget for nothing
+    with pytest.raises(SystemExit, match="2 of 2 runs failed"):
+        run({**spec, "seeds": [1, 2]})
+    assert len(list(Path("out/runs").glob("*/attempt_0"))) == 2
 
 
 def test_a_killed_comparison_goes_on_and_makes_the_killed_run_again(here):
@@ -161,6 +183,9 @@ def test_failed_runs_are_named_and_the_rest_is_written_up(here):
         ({"paragon": "parragon"}, "parragon is not among the rows paragon, ours"),
         ({"only_public": "ours"}, "row ours is paragon or only_public"),
         ({"epsilons": []}, "needs rows, seeds"),
+        ({"seeds": [0, 1, 0]}, r"seeds \[0, 1, 0\] has a value twice"),
+        ({"epsilons": [1, 1.0]}, r"epsilons \[1.0, 1.0\] has a value twice"),
+        ({"common": {"files": ["gone.yaml"]}}, "gone.yaml cannot be read"),
         ({"jobs": 0}, "--jobs 0"),
         ({"metric": "test/f1"}, "left no test/f1"),
         ({"rowss": 1}, "rowss"),

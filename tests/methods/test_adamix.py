@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
@@ -219,6 +220,22 @@ def test_the_closed_form_equals_the_sum_over_records(tmp_path, projection, order
     assert compared[0][0].norm() > 1
 
 
+@pytest.mark.parametrize(("projection", "order"), MODES)
+def test_a_record_under_autocast_stays_inside_the_ball(tmp_path, projection, order):
+    """A clipped row that is rounded to bfloat16 may be longer than 1."""
+    module = make(projection=projection, order=order, clip_quantile=None, clip_norm=1e-6)
+    lengths = []
+
+    class Lengths(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            with torch.autocast("cpu", torch.bfloat16):
+                for image, label in zip(batch[0][:50, None], batch[1][:50, None], strict=True):
+                    lengths.append(module.clipped_sum((image, torch.zeros(1, 0), label))["gradient"].double().norm())
+
+    fit(tmp_path, module, max_steps=1, callbacks=[Lengths()])
+    assert 0.99 < max(lengths) <= 1
+
+
 def test_without_noise_and_clipping_it_is_gradient_descent_on_public_and_private_records(tmp_path):
     privacy = dataclasses.replace(FULL, noise_multiplier=0.0, steps=5)
     decay = partial(InverseTimeLR, half_life=4)
@@ -351,6 +368,14 @@ def test_record_losses_are_private_opt_in_and_on_the_card(tmp_path):
     assert not list((tmp_path / "plain").glob("**/private"))
     card = json.loads(next((tmp_path / "plain").glob("**/privacy_card.json")).read_text())
     assert not any("NOT FOR RELEASE" in line for line in card["outside_the_guarantee"])
+
+
+def test_record_losses_of_several_processes_are_refused_before_anything_is_released(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    module = make(record_losses=True)
+    with pytest.raises(ConfigError, match=r"record_losses needs one process"):
+        fit(tmp_path, module, max_steps=1)
+    assert len(module.mechanism.ledger) == 0
 
 
 @pytest.mark.parametrize(
