@@ -62,11 +62,16 @@ class DPCLI(LightningCLI):
             raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
 
     def before_fit(self) -> None:
-        """Keep private roles away from models that know nothing of them."""
+        """Keep private roles away from models that know nothing of them, and promise nothing in their name."""
         if isinstance(self.datamodule, DPDataModule) and not isinstance(self.model, Classifier):
             raise ConfigError(
                 f"{type(self.model).__name__} learns without privacy, but DPDataModule serves private records: set "
                 "data to PublicDataModule, with public data only, or choose another model"
+            )
+        if not isinstance(self.model, Classifier) and (given := _set(self.config[self.subcommand]["privacy"])):
+            raise ConfigError(
+                f"{type(self.model).__name__} trains without privacy: take the privacy section out "
+                f"(privacy.{', privacy.'.join(given)}), or choose another model"
             )
 
     def after_fit(self) -> None:
@@ -125,6 +130,10 @@ def explain(message: str) -> str:
     return f"--{setting}: there is no class {unknown[-1]}; nearest: {', '.join(near) or 'none'}"
 
 
+_DEFAULTS = {
+    field.name: None if field.default is dataclasses.MISSING else field.default
+    for field in dataclasses.fields(PrivacyConfig)
+}
 _REQUIRED = [field.name for field in dataclasses.fields(PrivacyConfig) if field.default is dataclasses.MISSING]
 
 
@@ -139,11 +148,19 @@ def _add_privacy(parser: LightningArgumentParser) -> None:
 
 
 def _given_privacy(section: Any) -> Any:
-    """The privacy section, None if none of its required settings is given."""
+    """The privacy section, None if nothing in it is given."""
     missing = [name for name in _REQUIRED if section[name] is None]
-    if 0 < len(missing) < len(_REQUIRED):
-        raise ConfigError(f"the privacy section is incomplete: set privacy.{', privacy.'.join(missing)}")
+    if missing and _set(section):
+        raise ConfigError(
+            f"the privacy section is incomplete: set privacy.{', privacy.'.join(missing)}, or, for a model that "
+            "trains without privacy, take the section out"
+        )
     return None if missing else section
+
+
+def _set(section: Any) -> list[str]:
+    """Names of the settings of a privacy section that differ from its defaults."""
+    return [name for name, default in _DEFAULTS.items() if section[name] != default]
 
 
 def _config_error(error: BaseException | None) -> ConfigError | None:

@@ -81,7 +81,8 @@ def _manifest(generator: Generator, classes: Sequence[str], per_class: int, seed
 def _check_folder(out: Path, manifest: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but a pool of the same manifest."""
     there = read_manifest(out)
-    if there is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # killed just before its manifest was there, a run leaves the draft of it
+    if there is None and out.exists() and (not out.is_dir() or {*out.iterdir()} - {_draft(out / MANIFEST)}):
         raise ConfigError(f"--out {out} holds other files: choose a new folder")
     if there is not None and there != manifest:
         before, now = ({**each, **each["generator"], "generator": None} for each in (there, manifest))
@@ -145,9 +146,13 @@ def _png(image: Tensor) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
+    draft = _draft(path)
     draft.write_bytes(content)
     os.replace(draft, path)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.draft")
 
 
 def _device(wanted: str) -> torch.device:

@@ -103,11 +103,12 @@ class TextToImage(Generator):
         self._pipeline: Any = None
 
     def describe(self, classes: Sequence[str]) -> dict[str, Any]:
-        """Model, prompts and settings."""
+        """Model, prompts and settings; of a local model also a digest of its weights, whose path says little."""
         settings = {
             name: vars(self)[name] for name in ("model", "revision", "steps", "guidance", "size", "safety", "dtype")
         }
-        return {"class": "TextToImage", **settings, "prompts": [self._prompt(name) for name in classes]}
+        weights = {"weights": weights_digest(Path(self.model))} if Path(self.model).is_dir() else {}
+        return {"class": "TextToImage", **settings, **weights, "prompts": [self._prompt(name) for name in classes]}
 
     def load(self, device: torch.device) -> None:
         """Read the pipeline, from the cache of huggingface_hub if it is there.
@@ -245,3 +246,13 @@ class TrainedDiffusion(Generator):
                 "reveal private records: use a ClassDiffusion checkpoint"
             )
         return stored
+
+
+def weights_digest(folder: Path) -> str:
+    """BLAKE2b digest of names, sizes and contents of the weight files (safetensors, bin) below a folder."""
+    total = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin")):
+        with path.open("rb") as file:
+            contents = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+        total.update(f"{path.relative_to(folder)} {path.stat().st_size} {contents}\n".encode())
+    return total.hexdigest()

@@ -91,6 +91,24 @@ def test_an_interrupted_pool_is_finished_with_the_same_images(here, pipeline):
     assert not list(pool.glob("**/*.draft"))
 
 
+def test_a_pool_that_was_killed_before_its_manifest_is_finished(here, pipeline):
+    (here / "pool").mkdir()
+    (here / "pool" / ".manifest.json.draft").write_text('{"for')
+    text_to_image(pipeline)
+    assert len(read(here / "pool")) == 9
+    assert not list(here.glob("pool/.*"))
+
+
+def test_other_weights_in_the_same_folder_are_another_pool(here, pipeline):
+    text_to_image(pipeline)
+    weights = next(pipeline.rglob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(SystemExit, match="holds a pool made with other weights: choose a new folder"):
+        text_to_image(pipeline)
+
+
 def test_an_image_does_not_depend_on_the_batch_or_on_the_number_of_images(here, pipeline):
     generator = TextToImage(str(pipeline), steps=2, size=16)
     for out, count, batch in (("one", 3, 1), ("many", 4, 8)):
@@ -186,7 +204,7 @@ def test_a_diffusion_model_is_trained_on_public_data_and_feeds_a_private_run(her
     )
     with pytest.raises(SystemExit, match="trained on Digits, the private source"):
         run(private)
-    manifest["generator"]["trained_on"]["source"] = "USPS"
+    manifest["generator"]["trained_on"] = {"source": "USPS", "digest": "0"}
     (here / "pool" / "manifest.json").write_text(json.dumps(manifest))
     run(private)
     card = json.loads(next(here.glob("runs/*/privacy_card.json")).read_text())
@@ -204,16 +222,36 @@ def test_private_data_and_models_without_privacy_do_not_meet(here, monkeypatch):
         )
 
 
+COMPLETE = "--privacy.num_examples=1000 --privacy.expected_batch_size=100 --privacy.steps=1 --privacy.delta=1e-5"
+SECTIONS = {
+    f"{COMPLETE} --privacy.epsilon=3": r"ClassDiffusion trains without privacy: take the privacy section out",
+    "--privacy.epsilon=3": "is incomplete: .* or, for a model that trains without privacy, take the section out",
+}
+
+
+@pytest.mark.parametrize(("given", "message"), SECTIONS.items())
+def test_a_model_without_privacy_takes_no_privacy_section(here, monkeypatch, given, message):
+    monkeypatch.setattr(Digits, "load", lambda *_: pytest.fail("a data set was opened"))
+    with pytest.raises(SystemExit, match=message):
+        run(
+            f"fit {QUIET} --data=PublicDataModule --data.source=Digits --model=ClassDiffusion --model.num_classes=10 "
+            f"--model.image_size=8 --model.widths=[16] --trainer.max_epochs=1 {given}"
+        )
+
+
 def test_a_private_method_still_needs_its_section(here):
     parts = f"-c {ROOT}/configs/data/digits.yaml -c {ROOT}/configs/method/dp_sgd.yaml"
     with pytest.raises(SystemExit, match=r"the privacy section is incomplete: set privacy\.delta") as stopped:
         run(f"fit {BASE} {parts}")
     assert "\n" not in str(stopped.value)
+    bare = (
+        f"fit {BASE} --data=DPDataModule --data.source=Digits --model.net=LinearHead --model.net.in_channels=1 "
+        "--model.net.size=8 --model.net.num_classes=10 --model.optimizer=torch.optim.SGD --model.optimizer.lr=1"
+    )
     with pytest.raises(SystemExit, match=r"no privacy section|needs the privacy section"):
-        run(
-            f"fit {BASE} --data=DPDataModule --data.source=Digits --model.net=LinearHead --model.net.in_channels=1 "
-            "--model.net.size=8 --model.net.num_classes=10 --model.optimizer=torch.optim.SGD --model.optimizer.lr=1"
-        )
+        run(bare)
+    with pytest.raises(SystemExit, match=r"incomplete: set privacy\.num_examples, .*privacy\.delta"):
+        run(f"{bare} --privacy.epsilon=1")
     assert not list(here.glob("runs/**/*.ckpt"))
 
 

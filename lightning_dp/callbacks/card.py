@@ -11,7 +11,6 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
-from lightning_dp.callbacks.pictures import Pictures
 from lightning_dp.data import DPDataModule
 from lightning_dp.methods import DPModule
 
@@ -95,7 +94,7 @@ def make_card(trainer: Trainer, module: DPModule) -> dict[str, Any]:
         "ledger": None if mechanism.ledger.path is None else mechanism.ledger.path.name,
         "rng": "; then ".join(mechanism.rng_history),
         "claims": [],
-        "outside_the_guarantee": [*_pictures(trainer), *module.private_diagnostics(), *_outside(private_validation)],
+        "outside_the_guarantee": [*module.private_diagnostics(), *_outside(private_validation)],
         "metrics": _metrics(trainer),
         "data": data,
         "precision": trainer.precision,
@@ -142,15 +141,6 @@ def _outside(private_validation: bool) -> list[str]:
     ]
     looked = "validation metrics were computed from private records without noise and are in the logs"
     return [looked, *always] if private_validation else always
-
-
-def _pictures(trainer: Trainer) -> list[str]:
-    """Private records that were drawn on request."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, not declared
-    counts = [callback.private_drawn for callback in callbacks if isinstance(callback, Pictures)]
-    return [
-        f"pictures of {n} private records are in the TensorBoard log (Pictures.private_records)" for n in counts if n
-    ]
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torchvision.utils import make_grid
 
 from lightning_dp.data import DPDataModule, Records, make_views
 from lightning_dp.errors import ConfigError
-from lightning_dp.methods import Classifier, DPMix
+from lightning_dp.methods import Classifier, DPMix, DPModule
 from lightning_dp.privacy import Randomness
 
 _PUBLIC_SEED = 0
@@ -27,7 +27,8 @@ class Pictures(Callback):
     Args:
         records: rows of a grid.
         private_records: private records to draw in addition, in grids ``pictures/private_...``. **Outside the
-            guarantee**: whoever sees the log sees these people's images. The card says how many were drawn.
+            guarantee**: whoever sees the log sees these people's images. The card says how many were drawn,
+            also that of a run resumed from this one.
 
     Raises:
         ConfigError: a number is out of range.
@@ -38,7 +39,6 @@ class Pictures(Callback):
             raise ConfigError("Pictures.records must be at least 1 and Pictures.private_records at least 0")
         self.records = records
         self.private_records = private_records
-        self.private_drawn = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, on the first process."""
@@ -67,7 +67,10 @@ class Pictures(Callback):
         if self.private_records:
             shown = _first(data, "private", self.private_records)
             grids |= {f"private_{tag}": grid for tag, grid in _draw(module, shown).items()}
-            self.private_drawn = max(self.private_drawn, len(shown))
+            if isinstance(module, DPModule):
+                module.disclose(
+                    f"pictures of {len(shown)} private records are in the TensorBoard log (Pictures.private_records)"
+                )
         return grids
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dp.data.features import FeatureCache, FeatureDtype
 from lightning_dp.data.loaders import EvalBatchSampler, record_loader
-from lightning_dp.data.pool import describe_pool
+from lightning_dp.data.pool import check_origin, describe_pool
 from lightning_dp.data.records import RecordDataset, Records
 from lightning_dp.data.roles import Roles, assign_roles, check_num_examples
 from lightning_dp.data.sources import Source, check_compatible
@@ -271,9 +271,12 @@ class DPDataModule(LightningDataModule):
             if other is not None:
                 sides[name] = other.load(self.root, True, False)
         roles = assign_roles(self.source.name, sides, self.split_settings, self.splits)
+        for name, other in (("public", self.public), ("synthetic", self.synthetic)):
+            if other is not None:
+                check_origin(name, other, self.source, self.root, roles.split.training_digest)
         if self.synthetic is not None:
             pool = roles.hashes["synthetic"], sides["synthetic"].labels
-            self._pool = describe_pool(self.synthetic, self.root, self.source.name, *pool)
+            self._pool = describe_pool(self.synthetic, self.root, *pool)
         if self.encoder is not None:
             sides = {name: self._encode(side, self.encoder) for name, side in sides.items()}
         self._datasets = roles.datasets(sides)

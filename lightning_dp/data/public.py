@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_dp.data.loaders import record_loader
+from lightning_dp.data.pool import folder_of
 from lightning_dp.data.records import RecordDataset, content_hashes
 from lightning_dp.data.sources import Source
 from lightning_dp.data.splits import digest
@@ -66,9 +67,25 @@ class PublicDataModule(LightningDataModule):
             self._dataset = RecordDataset(self.source.load(self.root, train=True, download=False))
 
     def state_dict(self) -> dict[str, Any]:
-        """What the weights of the checkpoint were trained on: the source's name, and a digest of its records."""
+        """What the weights of the checkpoint were trained on: the source's name, folder if it is one, and a digest."""
         hashes = None if self._dataset is None else digest(content_hashes(self._dataset.records.images))
-        return {"source": self.source.name, "digest": hashes}
+        folder = folder_of(self.source)
+        return {"source": self.source.name, "digest": hashes} | ({} if folder is None else {"folder": str(folder)})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on training on other data: the checkpoint would name only the last.
+
+        Raises:
+            ConfigError: the checkpoint was trained on another source, or on other records.
+        """
+        now = self.state_dict()
+        other = any(state_dict[key] != now[key] for key in ("source", "digest"))
+        if other and self.trainer is not None and self.trainer.state.fn == "fit":
+            raise ConfigError(
+                f"the checkpoint was trained on other public data ({state_dict['source']}, digest "
+                f"{state_dict['digest']}; now {now['source']}, {now['digest']}), and its manifest would name only the "
+                "last: make a new run, without ckpt_path"
+            )
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Shuffled batches: uint8 images (n, channels, height, width) and labels (n,)."""

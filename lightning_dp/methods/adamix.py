@@ -192,6 +192,8 @@ class AdaMix(DPModule):
             write_head(net, self.start(self._public_features, self._public_labels, net.linear.out_features))
         if self.losses is not None and self.trainer.world_size > 1:
             raise ConfigError("model.record_losses needs one process: set trainer.devices to 1")
+        if self.losses is not None:
+            self.disclose("private/record_losses.npz and .png hold every record's own privacy loss: NOT FOR RELEASE")
         self._now = self.public_step()
 
     def on_train_end(self) -> None:
@@ -199,11 +201,6 @@ class AdaMix(DPModule):
         if self.losses is not None:
             folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "private"
             self.losses.save(folder, self.mechanism.noise_multiplier, self.mechanism.config.delta)
-
-    def private_diagnostics(self) -> list[str]:
-        """Names the private diagnostic on the card."""
-        made = "private/record_losses.npz and .png hold every record's own privacy loss: NOT FOR RELEASE"
-        return [] if self.losses is None else [made]
 
     def head(self) -> Tensor:
         """Weights and bias (classes, values), detached; the bias is the last column."""

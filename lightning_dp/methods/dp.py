@@ -42,6 +42,7 @@ class DPModule(Classifier, ABC):
         super().__init__(net, optimizer, scheduler, physical_batch_size, privacy)
         self._mechanism: Mechanism | None = None
         self._previous: dict[str, Any] | None = None
+        self._disclosed: list[str] = []
 
     @abstractmethod
     def contribution(self, image: Tensor, label: Tensor) -> Tensors:
@@ -83,9 +84,16 @@ class DPModule(Classifier, ABC):
             prepare=self.prepare,
         )
 
+    @final
+    def disclose(self, what: str) -> None:
+        """Note what is written from private records without noise, because it was asked for; before it is written."""
+        if what not in self._disclosed:
+            self._disclosed.append(what)
+
+    @final
     def private_diagnostics(self) -> list[str]:
-        """What this run wrote from private records without noise, because it was asked to; it goes on the card."""
-        return []
+        """What this run, or one that it goes on from, disclosed; it goes on the card."""
+        return list(self._disclosed)
 
     @property
     def mechanism(self) -> Mechanism:
@@ -137,8 +145,9 @@ class DPModule(Classifier, ABC):
         self._stop_when_spent()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the ledger, in plain numbers."""
-        checkpoint["privacy"] = self._previous if self._mechanism is None else self._mechanism.state_dict()
+        """Store the ledger, in plain numbers, and what was disclosed outside the guarantee."""
+        state = self._previous if self._mechanism is None else self._mechanism.state_dict()
+        checkpoint["privacy"] = None if state is None else {**state, "diagnostics": self._disclosed}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the ledger: whoever trains these weights further goes on spending from it."""
@@ -148,6 +157,8 @@ class DPModule(Classifier, ABC):
                 "the checkpoint has no privacy ledger, so it is not known what its weights reveal: load one made by a "
                 "private method, or public weights through the network's own arguments"
             )
+        for what in self._previous.get("diagnostics", []):
+            self.disclose(what)
 
     def teardown(self, stage: str) -> None:
         """Let go of the ledger's file."""

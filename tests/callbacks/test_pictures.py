@@ -1,3 +1,4 @@
+import json
 import logging
 
 import pytest
@@ -12,6 +13,7 @@ from lightning_dp.errors import ConfigError
 from lightning_dp.methods import DPMix
 from tests.data.made import Generated
 from tests.methods.runs import STEPS, fit, make_data, make_module, weights
+from tests.methods.test_resume import checkpoints, interrupted
 
 VIEWS = {"k_base": 3, "k_self": 2, "k_diff": 1}
 
@@ -71,6 +73,19 @@ def test_private_records_are_drawn_on_request_and_confessed(tmp_path, drawn):
     torch.testing.assert_close(cell(grids["pictures/private_records"], 2, 0), private[2, 0], rtol=0, atol=1e-4)
     outside = make_card(module.trainer, module)["outside_the_guarantee"]
     assert outside[0].startswith("pictures of 3 private records")
+
+
+def test_a_resumed_run_still_confesses_what_was_drawn(tmp_path):
+    """Same log folder, without the callback: the card is written anew."""
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    path = interrupted(tmp_path, extra=[Pictures(private_records=3)], logger=logger)
+    for _ in range(2):  # also one that goes on from there
+        callbacks = [PrivacyCard(), checkpoints(tmp_path)]
+        fit(tmp_path, make_module(), None, path, callbacks=callbacks, logger=logger, enable_checkpointing=True)
+        card = json.loads((tmp_path / "privacy_card.json").read_text())
+        drawn = [line for line in card["outside_the_guarantee"] if line.startswith("pictures of 3 private records")]
+        assert len(drawn) == 1
+        path = tmp_path / "last.ckpt"
 
 
 def test_without_public_and_synthetic_records_there_is_a_line_and_no_grid(tmp_path, drawn, caplog):

@@ -363,6 +363,10 @@ def test_record_losses_are_private_opt_in_and_on_the_card(tmp_path):
     assert (folder / "record_losses.png").is_file()
     card = json.loads(next(tmp_path.glob("**/privacy_card.json")).read_text())
     assert any("NOT FOR RELEASE" in line for line in card["outside_the_guarantee"])
+    module.trainer.save_checkpoint(tmp_path / "end.ckpt")
+    resumed = make(clip_quantile=None, clip_norm=1e-6)
+    resumed.on_load_checkpoint(torch.load(tmp_path / "end.ckpt", weights_only=True))
+    assert len(resumed.private_diagnostics()) == 1
 
     fit(tmp_path / "plain", make(), max_steps=3, callbacks=[PrivacyCard()], logger=True)
     assert not list((tmp_path / "plain").glob("**/private"))

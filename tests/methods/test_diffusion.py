@@ -89,6 +89,25 @@ def test_private_roles_are_refused_before_they_are_opened(tmp_path, monkeypatch)
         trainer(tmp_path).fit(ClassDiffusion(**TINY), datamodule=DPDataModule(Digits()))
 
 
+def test_a_checkpoint_goes_on_on_its_own_data_only(tmp_path, monkeypatch):
+    first, model = trainer(tmp_path), ClassDiffusion(**TINY)
+    first.fit(model, datamodule=PublicDataModule(Digits(), batch_size=64))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+
+    def go_on(data):
+        trainer(tmp_path, 3).fit(ClassDiffusion(**TINY), datamodule=data, ckpt_path=tmp_path / "a.ckpt")
+
+    go_on(PublicDataModule(Digits(), batch_size=32))
+    renamed = Digits()
+    renamed.name = "Other"
+    with pytest.raises(ConfigError, match=r"trained on other public data \(Digits, .*make a new run"):
+        go_on(PublicDataModule(renamed, batch_size=64))
+    side = Digits.load
+    monkeypatch.setattr(Digits, "load", lambda self, root, train, download: side(self, root, False, download))
+    with pytest.raises(ConfigError, match="trained on other public data"):
+        go_on(PublicDataModule(Digits(), batch_size=64))
+
+
 def test_plain_loaders_are_refused(tmp_path):
     loader = torch.utils.data.DataLoader([(torch.zeros(1, 8, 8), 0)])
     with pytest.raises(ConfigError, match="takes public data only"):

@@ -35,9 +35,10 @@ class StopAt(Callback):
         trainer.should_stop = trainer.global_step >= self.step
 
 
-def interrupted(folder, module=None, extra=()):
+def interrupted(folder, module=None, extra=(), **settings):
     """A run stopped after 5 of its 12 steps, with a checkpoint there; returns the checkpoint's path."""
-    fit(folder, module, callbacks=[checkpoints(folder), StopAt(5), *extra], enable_checkpointing=True)
+    callbacks = [checkpoints(folder), StopAt(5), *extra]
+    fit(folder, module, callbacks=callbacks, enable_checkpointing=True, **settings)
     return folder / "step=5.ckpt"
 
 
