@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from lightning_dp.data.transforms import Normalize
 from lightning_dp.errors import ConfigError
+from lightning_dp.models.probe import mixes_records, unlike_images
 
 _SHOW_PROGRESS_FROM = 5_000
 
@@ -42,7 +43,7 @@ def encode(
 def feature_shape(
     encoder: nn.Module, image_shape: torch.Size, normalize: Normalize, device: torch.device
 ) -> tuple[int, ...]:
-    """Shape of one record's features, found on made images, of which a batch must give what each gives alone.
+    """Shape of one record's features, found on made, unlike images: together they must give what each gives alone.
 
     Args:
         encoder: as in `encode`.
@@ -54,13 +55,10 @@ def feature_shape(
         ConfigError: a record's feature depends on the other records of the batch.
     """
     encoder.to(device).eval()
-    generator = torch.Generator().manual_seed(0)
-    made = torch.randint(0, 256, (4, *image_shape), generator=generator, dtype=torch.uint8)
-    images = normalize(made.to(device))
-    together, alone = encoder(images), torch.cat([encoder(image[None]) for image in images])
-    if not torch.allclose(together, alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max())):
+    images = normalize((255 * unlike_images(image_shape)).to(torch.uint8).to(device))
+    if mixes_records(encoder, images):
         raise ConfigError(
             f"data.encoder {type(encoder).__name__} makes a record's features depend on its batch (batch statistics?), "
             "so one private record would reach the features of others: use an encoder with fixed statistics"
         )
-    return tuple(together.shape[1:])
+    return tuple(encoder(images[:1]).shape[1:])

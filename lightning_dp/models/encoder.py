@@ -11,6 +11,9 @@ from torchvision.ops import StochasticDepth
 
 from lightning_dp.errors import ConfigError
 
+from .check import validate
+from .probe import mixes_records, unlike_images
+
 FeatureNorm = Literal["none", "l2", "layer_norm"]
 Constants = tuple[float, float, float]
 
@@ -20,13 +23,15 @@ class Encoder(nn.Module, ABC):
 
     Guarantee: the features of a record are a function of that record alone. The network stays in evaluation mode under
     ``train()`` too, statistics of BatchNorm are those of its weights, and `feature_norm` acts within a record. A
-    network whose answer for an image changes with the rest of the batch is refused. The encoder's own training data
-    are outside every guarantee: they have to be public.
+    network in which `validate` finds a problem is refused, and so is one whose answer for an image changes with the
+    rest of a batch of made, very unlike images. That is a look at one batch: what a forward function of your own does
+    on other batches only is up to you. The encoder's own training data are outside every guarantee: they have to be
+    public.
 
     Images are taken as they are, [0, 1], and are brought to the size, mean and standard deviation that the network was
     trained with in here: a subclass knows them. Grey images are repeated into three channels. They are resized as
-    squares, not cropped. Under ``vmap`` the network is called once, on all records together: many networks have slow
-    rules there.
+    squares, not cropped. Under ``vmap`` the network is called once, on all records together, for many networks have
+    slow rules there; so it is not ``vmap`` that keeps records apart in here.
 
     Args:
         net: (n, 3, image_size, image_size) -> (n, num_features); it is frozen.
@@ -38,7 +43,8 @@ class Encoder(nn.Module, ABC):
             own entries.
 
     Raises:
-        ConfigError: the network does not give one vector per image, or mixes the images of a batch.
+        ConfigError: the network does not give one vector per image, mixes the images of a batch, or has a module that
+            `validate` refuses.
     """
 
     num_features: int
@@ -57,6 +63,8 @@ class Encoder(nn.Module, ABC):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.eval()
+        if problems := validate(self.net):
+            raise ConfigError(f"{title} cannot encode record by record: {problems[0]}")
         self.num_features = self._probe()
 
     def train(self, mode: bool = True) -> "Encoder":
@@ -87,19 +95,20 @@ class Encoder(nn.Module, ABC):
     @torch.no_grad()
     def _probe(self) -> int:
         """Length of a feature vector, after a look at made images together and alone."""
-        images = torch.rand(2, 3, self.image_size, self.image_size, generator=torch.Generator().manual_seed(0))
+        images = unlike_images((3, self.image_size, self.image_size))
         try:
-            together, alone = self._features(images), self._features(images[:1])
+            one = self._features(images[:1])
+            mixes = mixes_records(self._features, images)
         except (RuntimeError, ValueError, AssertionError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             size = f"{self.image_size} x {self.image_size}"
             raise ConfigError(f"{self.title} does not run on {size} pixels ({reason}): change image_size") from error
-        if together.ndim != 2:
-            shape = tuple(together.shape[1:])
+        if one.ndim != 2:
+            shape = tuple(one.shape[1:])
             raise ConfigError(f"{self.title} gives {shape} per image, not a vector: use another network")
-        if not torch.allclose(together[:1], alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max())):
+        if mixes:
             raise ConfigError(f"{self.title} mixes the images of a batch: use an encoder with fixed statistics")
-        return together.shape[1]
+        return one.shape[1]
 
 
 @final

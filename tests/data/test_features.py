@@ -4,7 +4,11 @@ import contextlib
 import logging
 import multiprocessing
 import stat
+import threading
 import time
+from fractions import Fraction
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +176,20 @@ def test_a_record_has_the_same_features_in_any_company(tmp_path):
     assert not torch.allclose(other[3], whole[3])
 
 
+class BatchStatistics(nn.Module):
+    def forward(self, images):
+        normed = nn.functional.batch_norm(images, None, None, training=True)
+        return normed.relu().mean((2, 3))
+
+
+def test_features_that_depend_on_the_batch_are_refused_at_every_size(tmp_path):
+    for size in (4, 224):  # over 224 x 224 pixels, noise has nearly the same statistics anywhere
+        images = torch.zeros(2, 1, size, size, dtype=torch.uint8)
+        with pytest.raises(ConfigError, match="depend on its batch"):
+            features(tmp_path, BatchStatistics(), images)
+    assert files(tmp_path) == []
+
+
 def test_no_images_give_no_features_of_the_right_shape(tmp_path):
     assert features(tmp_path, images=records(0).images).shape == (0, 3)
 
@@ -300,3 +318,54 @@ def test_digests_tell_kinds_apart():
     assert len({Digest().add(value).hexdigest() for value in values}) == len(values)
     assert Digest().add(["ab", "c"]).hexdigest() != Digest().add(["a", "bc"]).hexdigest()
     assert Digest().add({1, 2}).hexdigest() == Digest().add({2, 1}).hexdigest()
+
+
+def with_attribute(value):
+    encoder = Scorer()
+    encoder.extra = value
+    return encoder
+
+
+def by_closure(scale):
+    return lambda x: x * scale
+
+
+def ring(scale):
+    space = SimpleNamespace(scale=scale)
+    space.itself = [space]
+    return space
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda scale: SimpleNamespace(scale=scale),
+        lambda scale: partial(torch.mul, scale),
+        lambda scale: partial(torch.add, alpha=scale),
+        lambda scale: [{"deep": SimpleNamespace(inside=partial(torch.mul, scale))}],
+        by_closure,
+        ring,
+        lambda scale: torch.full((2,), scale).mul,
+        lambda scale: Fraction(scale),
+        lambda scale: (lambda x: x * 2) if scale == 1.0 else (lambda x: x * 3),
+        lambda scale: with_attribute(SimpleNamespace(scale=scale)).forward,
+    ],
+    ids=["namespace", "args", "keywords", "deep", "closure", "ring", "tensor method", "slots", "code", "method"],
+)
+def test_encoders_that_differ_in_an_object_share_no_file(make):
+    digests = [Digest().add(with_attribute(make(scale))).hexdigest() for scale in (1.0, 2.0, 1.0)]
+    assert digests[0] == digests[2]
+    assert digests[0] != digests[1]
+
+
+def test_encoders_that_cannot_be_recognised_are_refused(tmp_path):
+    hooked = [nn.Sequential(Scorer()), nn.Sequential(Scorer())]
+    hooked[0][0].register_forward_hook(lambda module, args, output: 2 * output)
+    hooked[1][0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    for encoder in hooked:
+        with pytest.raises(ConfigError, match=r"forward hook on 0 \(Scorer\).* remove it"):
+            features(tmp_path, encoder)
+    with pytest.raises(ConfigError, match=r"holds a _thread\.lock.* keep plain values") as caught:
+        features(tmp_path, with_attribute(threading.Lock()))
+    assert "\n" not in str(caught.value)
+    assert files(tmp_path) == []

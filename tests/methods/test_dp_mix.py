@@ -1,5 +1,6 @@
 """DP-Mix on its real path: what the released code got wrong cannot come back."""
 
+import copy
 import dataclasses
 from functools import partial
 from itertools import pairwise
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from lightning_dp.data import RecordDataset, Records, Shift
 from lightning_dp.errors import ConfigError
 from lightning_dp.methods import DPSGD, DPMix, dp_mix
-from lightning_dp.models import LinearHead
+from lightning_dp.models import Encoder, EncoderClassifier, LinearHead
 from lightning_dp.privacy.accounting import Release
 from lightning_dp.privacy.engines import OneBackward
 from lightning_dp.privacy.sampling import PoissonBatchSampler
@@ -333,6 +334,37 @@ def test_features_are_mixed_with_synthetic_features(tmp_path):
     fit(tmp_path, module, mix_data(augment=None, encoder=nn.Flatten()))
     assert module.synthetic.images.dtype == torch.float32
     assert len(module.mechanism.ledger) == STEPS
+
+
+class TinyEncoder(Encoder):
+    def __init__(self):
+        conv = nn.Conv2d(3, 8, 3, stride=2)
+        for seed, parameter in enumerate(conv.parameters()):
+            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(seed))
+        net = nn.Sequential(conv, nn.ReLU(), nn.Flatten())
+        super().__init__(net, "TinyEncoder", 8, (0.0,) * 3, (1.0,) * 3, "none")
+
+
+class Pixels(nn.Module):
+    """Undoes the normalisation of the digits."""
+
+    def forward(self, images):
+        return (images * 0.376 + 0.305).expand(-1, 3, -1, -1)
+
+
+def test_pixels_are_mixed_before_a_frozen_encoder(tmp_path):
+    """Encoding all views of all records at once gives the run of the same layers under vmap."""
+    encoder = TinyEncoder()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    net = EncoderClassifier(encoder, LinearHead(72, 1, 10), (0.305,), (0.376,))
+    whole = fit(tmp_path / "encoder", mix(net=net), mix_data())
+    plain = nn.Sequential(Pixels(), copy.deepcopy(encoder.net), LinearHead(72, 1, 10))
+    parts = fit(tmp_path / "plain", mix(net=plain), mix_data())
+    assert not whole.engine.uses_reference
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert net.head.linear.weight.norm() > 0.1
+    torch.testing.assert_close(net.head.linear.weight, plain[2].linear.weight, rtol=0, atol=1e-4)
+    assert parts.mechanism.ledger.releases == whole.mechanism.ledger.releases == (Release(1.0, 60 / 1240, STEPS),)
 
 
 def test_the_coins_of_a_record_do_not_depend_on_the_number_of_ranks(small, monkeypatch):

@@ -90,15 +90,47 @@ def test_features_are_normalised_by_record(norm):
     torch.testing.assert_close(encoder(images), function(plain(images)))
 
 
-def test_an_encoder_that_mixes_records_is_refused():
-    class Mixing(Encoder):
-        def __init__(self):
-            norm = nn.BatchNorm2d(3, track_running_stats=False)
-            net = nn.Sequential(norm, nn.Flatten())
-            super().__init__(net, "Mixing", 8, (0.0,) * 3, (1.0,) * 3, "none")
+class Small(Encoder):
+    """A convolution, what is given, and pooling over all pixels."""
 
-    with pytest.raises(ConfigError, match="Mixing mixes the images of a batch"):
-        Mixing()
+    def __init__(self, after, image_size):
+        conv = nn.Conv2d(3, 8, 3, stride=2)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in conv.parameters():
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+        net = nn.Sequential(conv, after, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        super().__init__(net, "Small", image_size, (0.0,) * 3, (1.0,) * 3, "none")
+
+
+class BatchStatistics(nn.Module):
+    """Batch norm that no list of modules shows."""
+
+    def forward(self, images):
+        return F.batch_norm(images, None, None, training=True)
+
+
+class Neighbours(nn.Module):
+    """A little of the mean image of the batch."""
+
+    def forward(self, images):
+        return images + 0.02 * images.mean(0)
+
+
+@pytest.mark.parametrize("mixing", [BatchStatistics, Neighbours])
+@pytest.mark.parametrize(
+    "image_size", [16, 224]
+)  # over 224 x 224 pixels, noise has nearly the same statistics anywhere
+def test_an_encoder_that_mixes_records_is_refused(mixing, image_size):
+    with pytest.raises(ConfigError, match="Small mixes the images of a batch"):
+        Small(mixing(), image_size)
+    assert Small(nn.Identity(), image_size).num_features == 8
+
+
+@pytest.mark.parametrize("norm", [{"track_running_stats": False}, {"affine": False, "track_running_stats": False}])
+def test_an_encoder_with_a_module_that_mixes_records_is_refused(norm):
+    with pytest.raises(ConfigError, match=r"Small cannot encode record by record: 1: BatchNorm2d .* no statistics"):
+        Small(nn.BatchNorm2d(8, **norm), 16)
+    assert Small(nn.BatchNorm2d(8), 16).num_features == 8
 
 
 def test_a_timm_file_is_loaded_whole_less_its_classifier(tmp_path):

@@ -36,9 +36,10 @@ class OneBackward:
     """Clipped sums of the gradients of one loss; the same numbers as `clipping.clipped_sum` of ``grad(loss)``.
 
     Guarantee: that of `clipping.clipped_sum`. The loss is called on one record at a time (under ``vmap``), so it cannot
-    see another. A parameter that is used in a way which cannot be followed takes the whole loss to
-    `clipping.clipped_sum`, with one message in the log; no parameter is ever left out. What `torch.compile` compiled
-    runs uncompiled.
+    see another; only what lifts ``vmap`` itself could, which `models.Encoder` does for a frozen network and answers for
+    (evaluation mode, `models.validate`, a look at unlike images). A parameter that is used in a way which cannot be
+    followed takes the whole loss to `clipping.clipped_sum`, with one message in the log; no parameter is ever left out.
+    What `torch.compile` compiled runs uncompiled.
 
     Args:
         loss: (parameters by name, *record) -> scalar. Several views of a record are an axis of the record; the loss
