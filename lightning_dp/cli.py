@@ -112,7 +112,7 @@ def explain(message: str) -> str:
 
     Example:
         >>> explain('Parser key "model": Expected a dot import path string: DPSDG')
-        '--model: there is no class DPSDG; nearest: DPSGD, SGD, ASGD'
+        '--model: there is no class DPSDG; nearest: DPSGD, SGD, USPS'
         >>> explain("Problem with given class_path 'lightning_dp.data.DPDataModule': Option 'audits' is not accepted")
         'DPDataModule takes no audits; nearest: audit, splits, augment'
     """

@@ -282,7 +282,7 @@ def test_the_engine_trains_the_head_alone_and_gives_the_references_sum():
     calls = []
     net.encoder.net.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[0]))
     engine.clipped_sum(records, parameters, max_norm=0.1, chunk=4)
-    assert calls == [12, 3]  # all views of all records of a chunk in one call, none for the backward pass
+    assert calls == [9, 6]  # all views of all records of a chunk in one call, none for the backward pass
 
 
 def test_pixels_reach_the_encoder_as_they_were():
