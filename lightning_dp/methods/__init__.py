@@ -9,6 +9,9 @@ from lightning_dp.methods.dp import DPModule as DPModule
 from lightning_dp.methods.dp import GradientModule as GradientModule
 from lightning_dp.methods.dp_mix import DPMix as DPMix
 from lightning_dp.methods.dp_sgd import DPSGD as DPSGD
+from lightning_dp.methods.mixture_heads import MixtureHead as MixtureHead
+from lightning_dp.methods.mixture_heads import NearestMean as NearestMean
+from lightning_dp.methods.neuromix import NeuroMix as NeuroMix
 from lightning_dp.methods.public_head import FewShot as FewShot
 from lightning_dp.methods.public_head import PublicHead as PublicHead
 from lightning_dp.methods.public_head import ZeroHead as ZeroHead
