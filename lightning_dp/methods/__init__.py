@@ -12,10 +12,13 @@ from lightning_dp.methods.dp_sgd import DPSGD as DPSGD
 from lightning_dp.methods.mixture_heads import MixtureHead as MixtureHead
 from lightning_dp.methods.mixture_heads import NearestMean as NearestMean
 from lightning_dp.methods.neuromix import NeuroMix as NeuroMix
+from lightning_dp.methods.one_shot import ClassSums as ClassSums
+from lightning_dp.methods.one_shot import SufficientStatistics as SufficientStatistics
 from lightning_dp.methods.public_head import FewShot as FewShot
 from lightning_dp.methods.public_head import PublicHead as PublicHead
 from lightning_dp.methods.public_head import ZeroHead as ZeroHead
 from lightning_dp.methods.public_head import ZeroShot as ZeroShot
+from lightning_dp.methods.release_classifier import ReleaseClassifier as ReleaseClassifier
 from lightning_dp.methods.sgd import SGD as SGD
 from lightning_dp.methods.subspaces import FeaturePCA as FeaturePCA
 from lightning_dp.methods.subspaces import GradientSpan as GradientSpan
