@@ -225,10 +225,10 @@ def affordable_steps(
 
 @lru_cache(maxsize=4096)
 def _pld(releases: tuple[Release, ...], delta: float, adjacency: Adjacency) -> float:
-    """dp-accounting's PLD; the interval shrinks where its pessimism, about interval * sqrt(steps) / 2, would show."""
+    """dp-accounting's PLD; the interval shrinks where its pessimism, at most interval * sqrt(steps) / 2, would show."""
     coarse = _pld_at(releases, delta, adjacency, 1e-4)
     pessimism = 1e-4 * math.sqrt(sum(release.count for release in releases)) / 2
-    if coarse >= 0.05 or pessimism < 0.01 * coarse:
+    if pessimism < 0.04 * coarse:
         return coarse
     return min(coarse, _pld_at(releases, delta, adjacency, 1e-5))
 

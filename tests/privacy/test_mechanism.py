@@ -183,3 +183,43 @@ def test_the_state_holds_no_randomness():
     mechanism = Mechanism(dataclasses.replace(CONFIG, seed=None))
     assert mechanism.randomness.key.hex() not in json.dumps(mechanism.state_dict())
     assert str(mechanism.randomness.key) not in json.dumps(mechanism.state_dict())
+
+
+PLAN = [Release(0.0, 0.2, 4, "class 0"), Release(0.0, 0.2, 3, "class 1")]
+
+
+def test_a_planned_mechanism_releases_its_plan_and_nothing_else(tmp_path):
+    mechanism = Mechanism(CONFIG, plan=PLAN)
+    mechanism.ledger.open(tmp_path)
+    sigma = mechanism.noise_multiplier
+    total = {"w": torch.zeros(2, 3)}
+    block = [Release(sigma, 0.2, 2, "class 0"), Release(sigma, 0.2, 2, "class 1")]
+    noisy = mechanism.release(total, 0, draws=block)["w"]
+    assert noisy.shape == (2, 3)
+    assert noisy.unique().numel() == 6
+    assert mechanism.releases_left == 3
+    for wrong in (
+        [Release(sigma, 0.2, 3, "class 0")],  # more than is left of the class
+        [Release(sigma, 0.1, 1, "class 0")],  # another rate
+        [Release(sigma, 0.2, 1, "class 2")],  # another class
+        [Release(sigma, 0.2, 1)],  # all records
+        None,
+    ):
+        with pytest.raises(BudgetExceededError):
+            mechanism.release(total, 1, draws=wrong)
+    assert mechanism.ledger.releases == read(mechanism.ledger.path)[1]
+    mechanism.release(total, 1, draws=[Release(sigma, 0.2, 2, "class 0"), Release(sigma, 0.2, 1, "class 1")])
+    assert mechanism.releases_left == 0
+    assert 1.9 < mechanism.epsilon() <= 2.0
+    mechanism.ledger.close()
+
+
+def test_several_sums_at_once_are_counted_each_and_stay_within_the_budget():
+    mechanism = Mechanism(CONFIG)
+    entry = Release(mechanism.noise_multiplier, 0.1, 4)
+    mechanism.release({"w": torch.zeros(4, 3)}, 0, draws=[entry])
+    assert mechanism.releases_left == 1
+    for wrong in ([dataclasses.replace(entry, count=2)], [dataclasses.replace(entry, count=1, sample_rate=0.01)]):
+        with pytest.raises(BudgetExceededError):
+            mechanism.release({"w": torch.zeros(2, 3)}, 1, draws=wrong)
+    assert mechanism.releases_left == 1
