@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import vit_b_16
 
 from lightning_dp.models import CIFARTanhCNN, WideResNet
 
@@ -68,12 +69,18 @@ class Case:
         shape: of one record.
         batch: records of a step.
         classes: number of logits.
+        bf16: forward passes in bfloat16 by autocast.
+        cuda: too large for a CPU.
+        opacus: whether Opacus takes the network as it is.
     """
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     batch: int
     classes: int = 10
+    bf16: bool = False
+    cuda: bool = False
+    opacus: bool = True
 
 
 CASES = {
@@ -82,4 +89,8 @@ CASES = {
     "cnn": Case(CIFARTanhCNN, (3, 32, 32), 256),
     "vit": Case(ViT, (3, 32, 32), 64),
     "probe": Case(lambda: nn.Linear(2048, 100), (2048,), 1024, 100),
+    "wrn_bf16": Case(lambda: WideResNet(16, 4), (3, 32, 32), 64, bf16=True, cuda=True),
+    "wrn28_10": Case(lambda: WideResNet(28, 10), (3, 32, 32), 64, bf16=True, cuda=True),
+    # Opacus' validator rejects nn.MultiheadAttention
+    "vit_b16": Case(lambda: vit_b_16(num_classes=10), (3, 224, 224), 64, bf16=True, cuda=True, opacus=False),
 }

@@ -18,30 +18,39 @@ from lightning_dp.privacy.clipping import Tensors, clipped_sum
 from lightning_dp.privacy.engines import OneBackward
 
 Step = Callable[[], None]
+Low = Callable[[], torch.autocast]
 _PRIVATE: dict[str, Any] = {"noise_multiplier": 1.0, "max_grad_norm": 1.0}
 
 
-def make_step(case: Case, engine: str, views: int) -> Step:
+def make_step(case: Case, engine: str, views: int, device: str = "cpu") -> Step:
     """The step of one engine, on data of its own seed; ``views`` images a record."""
     torch.manual_seed(0)
-    net = case.make()
-    records = torch.randn(case.batch, views, *case.shape), torch.randint(0, case.classes, (case.batch,))
-    return ENGINES[engine](net, torch.optim.SGD(net.parameters(), lr=0.01), records)
+    net = case.make().to(device)
+    images = torch.randn(case.batch, views, *case.shape).to(device)
+    records = images, torch.randint(0, case.classes, (case.batch,)).to(device)
+    low = partial(torch.autocast, device, torch.bfloat16, enabled=case.bf16)
+    return ENGINES[engine](net, torch.optim.SGD(net.parameters(), lr=0.01), records, low)
 
 
-def _plain(net: nn.Module, optimizer: torch.optim.Optimizer, records: tuple[Tensor, Tensor]) -> Step:
+def _plain(net: nn.Module, optimizer: torch.optim.Optimizer, records: tuple[Tensor, Tensor], low: Low) -> Step:
     images, labels = records[0].flatten(0, 1), records[1].repeat_interleave(records[0].shape[1])
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]
+        with low():
+            loss = F.cross_entropy(net(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
 
 
 def _ours(
-    net: nn.Module, optimizer: torch.optim.Optimizer, records: tuple[Tensor, Tensor], reference: bool = False
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    records: tuple[Tensor, Tensor],
+    low: Low,
+    reference: bool = False,
 ) -> Step:
     def loss(parameters: Tensors, images: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(net, parameters, (images,)), label.expand(len(images)))
@@ -50,37 +59,40 @@ def _ours(
 
     def step() -> None:
         parameters = {name: value.detach() for name, value in net.named_parameters()}
-        if reference:
-            total = clipped_sum(
-                lambda *record: grad(loss)(parameters, *record),
-                records,
-                parameters,
-                max_norm=1.0,
-                chunk=len(records[1]),
-            )
-        else:
-            total = engine.clipped_sum(records, parameters, max_norm=1.0, chunk=len(records[1]))
+        with low():
+            if reference:
+                total = clipped_sum(
+                    lambda *record: grad(loss)(parameters, *record),
+                    records,
+                    parameters,
+                    max_norm=1.0,
+                    chunk=len(records[1]),
+                )
+            else:
+                total = engine.clipped_sum(records, parameters, max_norm=1.0, chunk=len(records[1]))
         for name, value in net.named_parameters():
-            value.grad = (total[name] + torch.randn_like(value)) / len(records[1])
+            value.grad = total[name].add_(torch.randn_like(value)).div_(len(records[1]))
         optimizer.step()
 
     return step
 
 
-def _opacus_hooks(net: nn.Module, optimizer: torch.optim.Optimizer, records: tuple[Tensor, Tensor]) -> Step:
+def _opacus_hooks(net: nn.Module, optimizer: torch.optim.Optimizer, records: tuple[Tensor, Tensor], low: Low) -> Step:
     images, labels = records[0].flatten(0, 1), records[1]
     model = GradSampleModule(net)
     private = DPOptimizer(optimizer, expected_batch_size=len(labels), **_PRIVATE)
 
     def step() -> None:
         private.zero_grad()
-        F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        with low():
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
         private.step()
 
     return step
 
 
-def _opacus_ghost(net: nn.Module, optimizer: torch.optim.Optimizer, records: tuple[Tensor, Tensor]) -> Step:
+def _opacus_ghost(net: nn.Module, optimizer: torch.optim.Optimizer, records: tuple[Tensor, Tensor], low: Low) -> Step:
     images, labels = records[0].flatten(0, 1), records[1]
     model = GradSampleModuleFastGradientClipping(net, max_grad_norm=1.0, use_ghost_clipping=True)
     private = DPOptimizerFastGradientClipping(optimizer, expected_batch_size=len(labels), **_PRIVATE)
@@ -88,7 +100,9 @@ def _opacus_ghost(net: nn.Module, optimizer: torch.optim.Optimizer, records: tup
 
     def step() -> None:
         private.zero_grad()
-        criterion(model(images), labels).backward()
+        with low():
+            loss = criterion(model(images), labels)
+        loss.backward()
         private.step()
 
     return step

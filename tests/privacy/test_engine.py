@@ -242,7 +242,6 @@ def test_passes_are_no_larger_than_pays_and_change_nothing(monkeypatch):
     net, x = MNISTTanhCNN().double(), torch.randn(RECORDS, 1, 28, 28, dtype=torch.float64)
     expected, sizes = fast(net, x, chunk=RECORDS), []
     monkeypatch.setattr(one_backward, "_BYTES_PER_USE", 1 << 15)  # four layers: about two records
-    engine = OneBackward(loss_of(net))
     plan = Tape.plan
 
     def watched(tape, *settings):
@@ -250,7 +249,11 @@ def test_passes_are_no_larger_than_pays_and_change_nothing(monkeypatch):
         plan(tape, *settings)
 
     monkeypatch.setattr(Tape, "plan", watched)
-    total = fast(net, x, chunk=RECORDS, engine=engine)
+    fast(net, x, chunk=RECORDS, engine=OneBackward(loss_of(net)))
+    assert sizes == [RECORDS]  # a whole pass has its own price: so little is not cut
+    sizes.clear()
+    monkeypatch.setattr(one_backward, "_BYTES_PER_PASS", 0)
+    total = fast(net, x, chunk=RECORDS, engine=OneBackward(loss_of(net)))
     assert 1 < len(sizes) <= RECORDS
     assert max(sizes) - min(sizes) <= 1
     assert sum(sizes) == RECORDS

@@ -26,9 +26,10 @@ log = logging.getLogger(__name__)
 
 Prepare = Callable[..., tuple[Tensor, ...]]
 DEFAULT_MEMORY_BUDGET = 64 << 20
-# Inputs and outputs of layers that a pass keeps on a CPU, per layer: more go out to memory and come back, less is not
-# worth a layer's fixed work. Measured.
-_BYTES_PER_USE = 16 << 20
+# Inputs and outputs of layers that a pass keeps on a CPU, per layer: more is given back to the system and faulted in
+# again at every pass, less is not worth a layer's fixed work; and a whole pass has some as well. Measured.
+_BYTES_PER_USE = 8 << 20
+_BYTES_PER_PASS = 32 << 20
 
 
 @final
@@ -157,8 +158,8 @@ class OneBackward:
             with torch.random.fork_rng([]):
                 tracer, _ = self._forward(one if prepare is None else prepare(*one), parameters, dtype)
             tape = tracer.tape
-            enough = _BYTES_PER_USE * len(tape.uses) // tape.kept_bytes if tape.uses else sys.maxsize
-            self._per_pass[shapes] = max(1, enough)
+            pays = max(_BYTES_PER_PASS, _BYTES_PER_USE * len(tape.uses))
+            self._per_pass[shapes] = max(1, pays // tape.kept_bytes) if tape.uses else sys.maxsize
         return self._per_pass[shapes]
 
     def _backward(self, loss: Tensor, tracer: Tracer) -> None:
