@@ -11,6 +11,8 @@ from lightning_dp.methods.dp_mix import DPMix as DPMix
 from lightning_dp.methods.dp_sgd import DPSGD as DPSGD
 from lightning_dp.methods.mixture_heads import MixtureHead as MixtureHead
 from lightning_dp.methods.mixture_heads import NearestMean as NearestMean
+from lightning_dp.methods.mixture_heads import RidgeHead as RidgeHead
+from lightning_dp.methods.neuromix import GammaWeights as GammaWeights
 from lightning_dp.methods.neuromix import NeuroMix as NeuroMix
 from lightning_dp.methods.one_shot import ClassSums as ClassSums
 from lightning_dp.methods.one_shot import SufficientStatistics as SufficientStatistics

@@ -14,13 +14,18 @@ from tqdm import tqdm
 
 from lightning_dp.errors import ConfigError
 
+_ROWS = 4096  # of a release, in one product
+
 
 class ReleaseHead(ABC):
     """Makes a head from released inputs and soft labels."""
 
     @abstractmethod
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Head (classes, values + 1) from inputs (n, values) and targets (n, classes), which may be below 0."""
+    def __call__(self, inputs: Tensor, targets: Tensor, noise_std: float) -> Tensor:
+        """Head (classes, values + 1) from inputs (n, values) and targets (n, classes), which may be below 0.
+
+        ``noise_std`` is the standard deviation of the noise in each value of the inputs, a public number.
+        """
 
 
 @final
@@ -55,7 +60,7 @@ class MixtureHead(ReleaseHead):
         self.max_grad = max_grad
         self.seed = seed
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, targets: Tensor, noise_std: float) -> Tensor:
         """Train it."""
         head = torch.zeros(targets.shape[1], inputs.shape[1] + 1, device=inputs.device)
         optimizer = torch.optim.Adam([head], lr=self.lr, fused=True)
@@ -89,10 +94,43 @@ def head_gradient(head: Tensor, inputs: Tensor, targets: Tensor, max_grad: float
 
 
 @final
+class RidgeHead(ReleaseHead):
+    """Least squares from inputs to labels, with the noise of the inputs taken out of their covariance.
+
+    The inputs are features and noise of a known variance. What the noise adds to the covariance would keep the head
+    from using directions in which records differ little, so it is subtracted (errors in variables; Fuller 1987,
+    recalled), and a ridge stands for what cannot be known of the rest. For balanced classes it is linear discriminant
+    analysis.
+
+    Args:
+        ridge: over the variance of the noise; chosen on held-out training records of MNIST.
+    """
+
+    def __init__(self, ridge: float = 0.3) -> None:
+        if not ridge > 0:
+            raise ConfigError("RidgeHead.ridge must be above 0: correct it")
+        self.ridge = ridge
+
+    def __call__(self, inputs: Tensor, targets: Tensor, noise_std: float) -> Tensor:
+        """Solve it; the work is one product and one eigendecomposition."""
+        centre, prior = inputs.mean(0), targets.mean(0)
+        moments = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
+        for part in torch.split(inputs, _ROWS):
+            moments.addmm_(part.T, part)
+        covariance = (moments / len(inputs) - torch.outer(centre, centre)).double()
+        shared = (targets.T @ inputs / len(inputs) - torch.outer(prior, centre)).double()
+        values, axes = torch.linalg.eigh(covariance)
+        # without noise, a millionth of the spread keeps directions without any from dividing by 0
+        floor = max(self.ridge * noise_std**2, 1e-6 * float(values.sum()))
+        weights = (shared @ axes / ((values - noise_std**2).clamp(min=0) + floor) @ axes.T).to(inputs.dtype)
+        return torch.cat([weights, (prior - weights @ centre)[:, None]], dim=1)
+
+
+@final
 class NearestMean(ReleaseHead):
     """Nearest class mean: the means are the averages of the inputs, weighted by the targets."""
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, targets: Tensor, noise_std: float) -> Tensor:
         """Means as a head: x is nearest to the mean c for which ``c.x - |c|^2 / 2`` is largest."""
         return means_as_head(targets.T @ inputs / targets.sum(0).clamp(min=1e-6)[:, None])
 

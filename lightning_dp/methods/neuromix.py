@@ -12,7 +12,7 @@ gates are open for k, and each such output counts.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
@@ -40,6 +40,34 @@ _CHUNK = 4096  # records whose features are prepared at a time
 
 
 @final
+@dataclass(frozen=True)
+class GammaWeights:
+    """Random weights of the records of a mixture (RW-Mix), each drawn by itself: mean 1 before they are bounded.
+
+    Dirichlet weights, which are these over their sum, would let one record move the weights of all others.
+
+    Args:
+        alpha: shape of the Gamma distribution; the larger, the more alike.
+        bound: weights above are set to it (the paper's Cw, in units of 1 / m).
+
+    Raises:
+        ConfigError: a number is not above 0.
+    """
+
+    alpha: float
+    bound: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not min(self.alpha, self.bound) > 0:
+            raise ConfigError("GammaWeights.alpha and bound must be above 0: correct them")
+
+    def draw(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        """Weights (count,), float32, between 0 and ``bound``."""
+        drawn = generator.gamma(self.alpha, 1 / self.alpha, count).clip(max=self.bound)
+        return drawn.astype(np.float32) * np.float32(1 - 1e-6)  # rounding stays inside the bound
+
+
+@final
 class NeuroMix(DPModule):
     """Publishes ``privacy.steps`` noisy mixtures, and trains a linear head on them.
 
@@ -56,6 +84,7 @@ class NeuroMix(DPModule):
         labels: of class-gated mixtures, "public": the expected masses of the open classes, at no cost; "noisy": those
             of the records, with noise. Plain mixtures have noisy ones.
         class_sizes: public numbers of records by class; None for equal ones. Only public labels depend on them.
+        weights: of the records of a mixture, at random; None for equal ones.
         noise_split: lambda, noise multiplier of the labels over that of the features.
         feature_norm: Cx, bound on the length of a record's features.
         label_norm: Cy, bound on the length of a record's label.
@@ -78,6 +107,7 @@ class NeuroMix(DPModule):
         open_classes: int | None = None,
         labels: Literal["public", "noisy"] = "public",
         class_sizes: list[int] | None = None,
+        weights: GammaWeights | None = None,
         noise_split: float = 1.0,
         feature_norm: float = 1.0,
         label_norm: float = 1.0,
@@ -96,6 +126,7 @@ class NeuroMix(DPModule):
         self.open_classes = open_classes
         self.public_labels = open_classes is not None and labels == "public"
         self.class_sizes = class_sizes
+        self.weights = weights
         self.noise_split = noise_split
         self.feature_norm = feature_norm
         self.label_norm = label_norm
@@ -168,35 +199,41 @@ class NeuroMix(DPModule):
         assert self.privacy is not None
         step, total = self.trainer.global_step, self.privacy.steps
         rows = slice(step * self.outputs_per_step, min(total, (step + 1) * self.outputs_per_step))
-        outputs, records, draws = self._draw(rows, self.mechanism.randomness.numpy("mixtures", step))
-        sums = self.bounded_sums(outputs, records, rows.stop - rows.start)
+        coins = self.mechanism.randomness.numpy("mixtures", step)
+        outputs, records, draws = self._draw(rows, coins)
+        weights = None if self.weights is None else self.weights.draw(len(records), coins) / self.weights.bound
+        sums = self.bounded_sums(outputs, records, rows.stop - rows.start, weights)
         self._keep(rows, self.mechanism.release(sums, step, draws=draws))
         if rows.stop == total:
             self.update({"inputs": self._inputs, "targets": self._targets})
             del self._features, self._factors
         self.optimizers().step()  # type: ignore[union-attr]  # of rate 0: moves the counter that noise is bound to
 
-    def bounded_sums(self, outputs: np.ndarray, records: np.ndarray, count: int) -> Tensors:
+    def bounded_sums(
+        self, outputs: np.ndarray, records: np.ndarray, count: int, weights: np.ndarray | None = None
+    ) -> Tensors:
         """Sums of the bounded records of each output, in units in which a record is at most 1 long.
 
         Args:
             outputs: number of the output, ascending, of every drawn record, (draws,).
             records: the record drawn, (draws,).
             count: number of outputs.
+            weights: of each drawn record, between 0 and 1, (draws,); None for 1.
 
         Returns:
             ``inputs`` (count, values) and, unless labels are public, ``targets`` (count, classes).
         """
         drawn = torch.from_numpy(records)
         starts = torch.from_numpy(np.searchsorted(outputs, np.arange(count)))
-        sums = F.embedding_bag(
-            drawn, self._features, starts, mode="sum", per_sample_weights=self._factors[drawn].contiguous()
-        )
+        factors = self._factors[drawn]
+        if weights is not None:
+            factors = factors * torch.from_numpy(weights)
+        sums = F.embedding_bag(drawn, self._features, starts, mode="sum", per_sample_weights=factors)
         x_share, y_share = self._shares()
         found = {"inputs": sums / (self.feature_norm * x_share)}
         if not self.public_labels:
             places = outputs * self._num_classes() + self._labels[records]
-            counts = np.bincount(places, minlength=count * self._num_classes()).reshape(count, -1)
+            counts = np.bincount(places, weights, minlength=count * self._num_classes()).reshape(count, -1)
             bound = float(clip_factors(torch.ones(1), self.label_norm, "flat"))
             found["targets"] = torch.from_numpy(counts).float() * (bound / (self.label_norm * y_share))
         return found
@@ -206,7 +243,8 @@ class NeuroMix(DPModule):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "release"
         Published(mean["inputs"], mean["targets"], self.about()).save(folder)
         assert isinstance(self.net, LinearHead)
-        write_head(self.net, self.head(mean["inputs"], mean["targets"]).to(self.device))
+        head = self.head(mean["inputs"], mean["targets"], self.noise_std)
+        write_head(self.net, head.to(self.device))
 
     def contribution(self, image: Tensor, label: Tensor) -> Tensors:
         """What one record adds to an output that it is drawn for, at most 1 long; `bounded_sums` adds up many."""
@@ -243,10 +281,16 @@ class NeuroMix(DPModule):
             "outputs": config.steps,
             "degree": config.expected_batch_size,
             "open_classes": self.open_classes,
-            "noise_std": self.mechanism.noise_std_of_mean * self.feature_norm * self._shares()[0],
+            "noise_std": self.noise_std,
             "guarantee": self.mechanism.summary(),
             "claims": self.claims(),
         }
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise in each value of the released inputs; public."""
+        bound = 1.0 if self.weights is None else self.weights.bound
+        return self.mechanism.noise_std_of_mean * self.feature_norm * self._shares()[0] * bound
 
     def _check(self, privacy: PrivacyConfig) -> None:
         if privacy.max_norm != 1 or privacy.clipping != "flat":
@@ -264,6 +308,8 @@ class NeuroMix(DPModule):
             raise ConfigError(
                 "model.open_classes needs privacy.adjacency add_remove: a replaced record may change class"
             )
+        if self.weights is not None and self.public_labels:
+            raise ConfigError("model.weights go with labels of the records: set model.labels to noisy, or no gates")
         if self.class_sizes is not None and (len(self.class_sizes) != classes or min(self.class_sizes) < 1):
             raise ConfigError(f"model.class_sizes must be {classes} numbers of at least 1")
 
@@ -326,7 +372,8 @@ class NeuroMix(DPModule):
 
     def _keep(self, rows: slice, mean: Tensors) -> None:
         """Noisy means in the units of features and labels."""
-        x_share, y_share = self._shares()
+        bound = 1.0 if self.weights is None else self.weights.bound
+        x_share, y_share = (share * bound for share in self._shares())
         torch.mul(mean["inputs"], self.feature_norm * x_share, out=self._inputs[rows])
         if not self.public_labels:
             torch.mul(mean["targets"], self.label_norm * y_share, out=self._targets[rows])

@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 from lightning_dp.callbacks import PrivacyCard
 from lightning_dp.data import load_release
 from lightning_dp.errors import ConfigError
-from lightning_dp.methods import MixtureHead, NearestMean, NeuroMix
+from lightning_dp.methods import GammaWeights, NearestMean, NeuroMix, RidgeHead
 from lightning_dp.methods.neuromix import (
     best_degree,
     draw_gates,
@@ -28,7 +28,8 @@ from tests.methods.runs import make_data, make_trainer
 PRIVACY = PrivacyConfig(num_examples=1240, expected_batch_size=1, steps=60, delta=1e-5, noise_multiplier=1.0, seed=7)
 BUDGET = replace(PRIVACY, epsilon=8.0, noise_multiplier=None)
 GATED = {"open_classes": 2, "labels": "noisy"}
-MODES = [{}, {"open_classes": 1}, GATED]
+WEIGHTED = {"weights": GammaWeights(0.5, bound=2.0)}
+MODES = [{}, {"open_classes": 1}, GATED, WEIGHTED]
 
 
 def make(privacy=PRIVACY, **settings):
@@ -52,9 +53,9 @@ def watched(monkeypatch):
     """What every call of `bounded_sums` was given and what it returned."""
     calls, original = [], NeuroMix.bounded_sums
 
-    def bounded_sums(self, outputs, records, count):
-        found = original(self, outputs, records, count)
-        state = self._features.clone(), self._factors.clone(), self._labels.copy()
+    def bounded_sums(self, outputs, records, count, weights):
+        found = original(self, outputs, records, count, weights)
+        state = self._features.clone(), self._factors.clone(), self._labels.copy(), weights
         calls.append((outputs.copy(), records.copy(), count, found, state))
         return found
 
@@ -67,7 +68,10 @@ def test_sums_are_those_of_the_contributions_and_a_record_moves_each_by_at_most_
     calls = watched(monkeypatch)
     module = silent(max_length=None, feature_norm=0.7, noise_split=2.0, **mode)  # nearly all features are longer
     fit(tmp_path, module)
-    outputs, records, count, found, _ = calls[1]
+    outputs, records, count, found, (*_, weights) = calls[1]
+    if weights is not None:
+        assert 0 <= weights.min() < 0.2
+        assert 0.99 < weights.max() <= 1
     private = module.datamodule.role("private")
     inputs = module.datamodule.normalize(private.images)
     parts = [module.contribution(inputs[i], private.labels[i]) for i in records]
@@ -76,7 +80,9 @@ def test_sums_are_those_of_the_contributions_and_a_record_moves_each_by_at_most_
     assert lengths.max() > 0.99  # tight: clipped records use the bound
     for name, total in found.items():
         expected = torch.zeros(count, *parts[0][name].shape)
-        expected.index_add_(0, torch.from_numpy(outputs), torch.stack([part[name] for part in parts]))
+        whole = torch.stack([part[name] for part in parts])
+        scales = torch.ones(len(whole)) if weights is None else torch.from_numpy(weights)
+        expected.index_add_(0, torch.from_numpy(outputs), whole * scales.view(-1, *[1] * (whole.ndim - 1)))
         torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -114,7 +120,7 @@ def test_gated_draws_are_counted_by_class_at_the_rate_within_the_class(tmp_path,
     gates = module.gates(module.privacy)
     rate = 30 / (1240 * 2 / 10)
     start = 0
-    for outputs, records, count, _, (_, _, labels) in calls:
+    for outputs, records, count, _, (_, _, labels, _) in calls:
         assert gates[start + outputs, labels[records]].all()  # nobody behind a closed gate
         start += count
     releases = module.mechanism.ledger.releases
@@ -210,6 +216,7 @@ def test_a_release_is_not_continued(tmp_path):
         ({}, {"open_classes": 11}, "open_classes"),
         ({}, {"open_classes": 2, "class_sizes": [3]}, "class_sizes"),
         ({}, {"noise_split": 0.0}, "noise_split"),
+        ({}, {"open_classes": 1, "weights": GammaWeights(1.0)}, "noisy"),
         ({}, {"degree": 0}, "degree"),
     ],
 )
@@ -308,10 +315,20 @@ def test_neural_collapse_of_tight_and_loose_classes():
     assert neural_collapse(features, labels)[0] == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_random_weights_are_undone_in_the_release(tmp_path):
+    """Their mean is below 1 by the bound; their noise is larger by it."""
+    module = silent(weights=GammaWeights(2.0, bound=3.0))
+    fit(tmp_path, module)
+    mass = load_release(tmp_path / "release").targets.sum(1)
+    drawn = module.weights.draw(100_000, np.random.default_rng(0)).mean()
+    assert mass.mean().item() == pytest.approx(drawn, rel=0.15)
+    noisy = make(weights=GammaWeights(2.0, bound=3.0))
+    fit(tmp_path / "noisy", noisy)
+    assert noisy.noise_std == pytest.approx(3 * math.sqrt(2) / 30)
+
+
 def test_the_head_learns_from_mixtures(tmp_path):
-    module = make(
-        replace(PRIVACY, steps=1500, noise_multiplier=0.6), head=MixtureHead(20, lr=0.03), open_classes=1, degree=12
-    )
+    module = make(replace(PRIVACY, steps=1500, noise_multiplier=0.6), head=RidgeHead(), open_classes=1, degree=12)
     trainer = fit(tmp_path, module)
     accuracy = trainer.test(module, datamodule=make_data(module.privacy), verbose=False)[0]["test/accuracy"]
     assert accuracy > 0.85

@@ -7,7 +7,7 @@ import torch
 
 from lightning_dp.errors import ConfigError
 from lightning_dp.methods import ClassSums, SufficientStatistics
-from lightning_dp.methods.mixture_heads import MixtureHead, NearestMean, head_gradient, means_as_head
+from lightning_dp.methods.mixture_heads import MixtureHead, NearestMean, RidgeHead, head_gradient, means_as_head
 from lightning_dp.methods.one_shot import _packed, _unpacked
 from lightning_dp.models import LinearHead
 from lightning_dp.privacy import Mechanism, PrivacyConfig, clipped_sum
@@ -112,7 +112,7 @@ def test_a_head_of_means_finds_the_nearest():
     found = (points @ head[:, :-1].T + head[:, -1]).argmax(1)
     assert torch.equal(found, torch.cdist(points, means).argmin(1))
     labels = torch.arange(4).repeat(5)
-    head = NearestMean()(means[labels], torch.nn.functional.one_hot(labels).float())
+    head = NearestMean()(means[labels], torch.nn.functional.one_hot(labels).float(), 0.0)
     torch.testing.assert_close(head[:, :-1], means)
 
 
@@ -120,3 +120,25 @@ def test_a_head_of_means_finds_the_nearest():
 def test_heads_refuse_what_cannot_train(setting):
     with pytest.raises(ConfigError, match="MixtureHead"):
         MixtureHead(**setting)
+
+
+def test_ridge_takes_the_noise_out_of_the_covariance():
+    """With much noise in the inputs the head of the clean inputs comes back, and not a shrunk one."""
+    torch.manual_seed(0)
+    labels = torch.arange(60_000) % 3
+    spread = torch.diag(torch.tensor([1.0, 0.3, 0.3, 0.1]))
+    clean = 2 * torch.eye(3, 4)[labels] + torch.randn(60_000, 4) @ spread
+    targets = torch.nn.functional.one_hot(labels).float()
+    expected = RidgeHead()(clean, targets, 0.0)
+    noisy = clean + 0.5 * torch.randn(60_000, 4)
+    corrected, plain = RidgeHead(0.01)(noisy, targets, 0.5), RidgeHead(0.01)(noisy, targets, 0.0)
+    assert (corrected - expected).norm() < 0.1 * expected.norm()
+    assert (plain - expected).norm() > 0.2 * expected.norm()
+
+
+def test_ridge_without_noise_is_least_squares():
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(200, 5).double(), torch.randn(200, 3).double()
+    ones = torch.cat([inputs, torch.ones(200, 1)], dim=1)
+    expected = torch.linalg.lstsq(ones, targets).solution.T
+    torch.testing.assert_close(RidgeHead()(inputs, targets, 0.0), expected, rtol=1e-4, atol=1e-4)
