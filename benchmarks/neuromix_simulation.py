@@ -1,10 +1,10 @@
-"""How the degree of a mixture trades signal for noise: the linear-model simulation of the NeuroMix paper (its Figure 11).
+"""How the degree of a mixture trades signal for noise: the linear model of the NeuroMix paper (its Figure 11).
 
     python -m benchmarks.neuromix_simulation [--output runs/neuromix_simulation.png]
 
-n = 300 records of a linear model with 10 features, T = 3 n Poisson mixtures of m expected records, noise by the paper's
-Theorem 3.1 for mu-GDP. Shown is the error of least squares on the mixtures, over m, for several mu; theory puts the best
-m at 0.505 mu n / sqrt(T).
+n = 300 records of a linear model with 10 features, T = 3 n Poisson mixtures of m expected records, noise by the
+paper's Theorem 3.1 for mu-GDP. Shown is the error of least squares on the mixtures, over m, for several mu; theory puts
+the best m at 0.505 mu n / sqrt(T).
 """
 
 import argparse

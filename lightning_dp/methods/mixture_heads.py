@@ -106,7 +106,7 @@ class RidgeHead(ReleaseHead):
         ridge: over the variance of the noise; chosen on held-out training records of MNIST.
     """
 
-    def __init__(self, ridge: float = 0.3) -> None:
+    def __init__(self, ridge: float = 0.05) -> None:
         if not ridge > 0:
             raise ConfigError("RidgeHead.ridge must be above 0: correct it")
         self.ridge = ridge
