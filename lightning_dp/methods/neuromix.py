@@ -152,7 +152,7 @@ class NeuroMix(DPModule):
             config = replace(config, epsilon=None, noise_multiplier=sigma)
         gates = self.gates(privacy)
         if gates is None:
-            return Mechanism(config)
+            return Mechanism(config, plan=[Release(0.0, config.sample_rate, config.steps)])
         rate = self._gate_rate(config)
         if rate > 1:
             most = int(privacy.num_examples * self._gate_share())

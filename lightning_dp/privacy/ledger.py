@@ -135,7 +135,7 @@ def read(path: Path) -> tuple[str, tuple[Release, ...]]:
     for row in rows:
         known = row or known
         if known is not None:
-            releases.append(known)
+            releases.append(row or replace(known, group=""))  # whose group it was cannot be read: it counts for all
     return run, merge(releases)
 
 

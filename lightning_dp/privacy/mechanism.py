@@ -142,7 +142,8 @@ class Mechanism:
             noise multipliers in it are not read. sigma is calibrated for the whole plan, and nothing else is released.
 
     Raises:
-        ConfigError: the budget does not cover a single release, or ``previous`` was another mechanism.
+        ConfigError: the budget does not cover a single release, or not the whole ``plan``, or ``previous`` was
+            another mechanism.
     """
 
     def __init__(
@@ -156,6 +157,8 @@ class Mechanism:
         self._shares = None if plan is None else _counts(plan)
         self.ledger = Ledger() if previous is None else Ledger.from_state_dict(previous["ledger"])
         self.noise_multiplier = self._calibrated(plan) if previous is None else self._continued(previous)
+        if plan is not None:
+            self._check_plan(plan)
         self._planned = config.steps if previous is None else int(previous["config"]["steps"])
         self._release = Release(self.noise_multiplier, config.sample_rate)
         self._last_step = -1
@@ -193,6 +196,7 @@ class Mechanism:
         Raises:
             BudgetExceededError: the release would cross ``epsilon``, or is not planned; nothing was released.
             ConfigError: ``step`` was used before, so batch and noise would repeat; nothing was released.
+            ValueError: ``draws`` at another noise multiplier; nothing was released.
         """
         entries = (self._release,) if draws is None else tuple(draws)
         if not self._covers(entries):
@@ -295,7 +299,8 @@ class Mechanism:
 
     def _covers(self, entries: Sequence[Release]) -> bool:
         """Whether the declared budget has room for all of ``entries``."""
-        assert all(entry.noise_multiplier == self.noise_multiplier for entry in entries), "one sigma per mechanism"
+        if any(entry.noise_multiplier != self.noise_multiplier for entry in entries):
+            raise ValueError(f"all sums of this mechanism have the noise multiplier {self.noise_multiplier:g}")
         if self._shares is None:
             kinds = {(entry.sample_rate, entry.group) for entry in entries}
             return kinds == {(self.config.sample_rate, "")} and _counts(entries).total() <= self.releases_left
@@ -323,6 +328,17 @@ class Mechanism:
         sigma = accounting.calibrate_plan(config.epsilon, config.delta, whole, config.adjacency, config.accountant)
         log.info("noise_multiplier %.4f gives epsilon %g after %d steps", sigma, config.epsilon, config.steps)
         return sigma
+
+    def _check_plan(self, plan: Sequence[Release]) -> None:
+        """Refuse a plan that a given sigma does not hold within the target: half a plan would be spent for nothing."""
+        config = self.config
+        whole = [dataclasses.replace(release, noise_multiplier=self.noise_multiplier) for release in plan]
+        spent = accounting.epsilon(whole, config.delta, config.adjacency, config.accountant)
+        if config.epsilon is not None and spent > config.epsilon:
+            raise ConfigError(
+                f"privacy.noise_multiplier {self.noise_multiplier:g} makes the planned releases cost epsilon "
+                f"{spent:.4g}, above privacy.epsilon {config.epsilon:g}: raise one of them, or leave one out"
+            )
 
     def _continued(self, previous: dict[str, Any]) -> float:
         """The stored sigma, after checking that the configured mechanism is the stored one."""

@@ -149,3 +149,10 @@ def test_a_torn_line_of_a_block_counts_as_the_block_before_it(ledger):
     with ledger.path.open("a") as file:
         file.write('{"noise_mul')
     assert read(ledger.path)[1] == (Release(1.5, 0.1, 100),)
+
+
+def test_a_torn_line_counts_for_every_group(ledger):
+    ledger.record(Release(1.5, 0.1, 50, "class 0"))
+    with ledger.path.open("a") as file:
+        file.write('{"noise_mul')
+    assert read(ledger.path)[1] == (Release(1.5, 0.1, 50, "class 0"), Release(1.5, 0.1, 50))

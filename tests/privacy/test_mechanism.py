@@ -223,3 +223,19 @@ def test_several_sums_at_once_are_counted_each_and_stay_within_the_budget():
         with pytest.raises(BudgetExceededError):
             mechanism.release({"w": torch.zeros(2, 3)}, 1, draws=wrong)
     assert mechanism.releases_left == 1
+
+
+def test_a_plan_that_a_given_sigma_takes_across_the_target_is_refused():
+    planned = Mechanism(CONFIG, plan=PLAN)
+    given = dataclasses.replace(CONFIG, noise_multiplier=planned.noise_multiplier)
+    assert Mechanism(given, plan=PLAN).epsilon() == 0
+    loud = dataclasses.replace(CONFIG, noise_multiplier=0.8 * planned.noise_multiplier)
+    with pytest.raises(ConfigError, match=r"above privacy\.epsilon 2"):
+        Mechanism(loud, plan=PLAN)
+
+
+def test_sums_at_another_noise_multiplier_are_refused():
+    mechanism = Mechanism(CONFIG)
+    with pytest.raises(ValueError, match="noise multiplier"):
+        mechanism.release({"w": torch.zeros(3)}, 0, draws=[Release(2 * mechanism.noise_multiplier, 0.1, 1)])
+    assert len(mechanism.ledger) == 0
