@@ -103,7 +103,8 @@ class RidgeHead(ReleaseHead):
     analysis.
 
     Args:
-        ridge: over the variance of the noise; chosen on held-out training records of MNIST.
+        ridge: over the variance of the noise; chosen on held-out training records of MNIST, for 60,000 mixtures of
+            3,969 values. Fewer mixtures say less of the covariance and need more.
     """
 
     def __init__(self, ridge: float = 0.05) -> None:
