@@ -104,7 +104,7 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, so that a checkpoint loads with ``weights_only=True``."""
-        rows = [list(astuple(release)) for release in self.releases]
+        rows = [[value for value in astuple(release) if value != ""] for release in self.releases]
         return {"run": self.run, "path": None if self.path is None else str(self.path), "releases": rows}
 
     @classmethod
