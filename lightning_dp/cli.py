@@ -20,7 +20,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lightning_dp import callbacks, data, methods, models
 from lightning_dp.compare import compare
-from lightning_dp.data import DPDataModule
+from lightning_dp.data import DPDataModule, ReleaseDataModule
 from lightning_dp.errors import ConfigError
 from lightning_dp.generate import generate
 from lightning_dp.methods import Classifier
@@ -77,7 +77,8 @@ class DPCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the final weights."""
         trial = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning, not declared
-        if isinstance(self.model, Classifier) and not trial:
+        on_release = isinstance(self.datamodule, ReleaseDataModule) and self.datamodule.source is not None
+        if (isinstance(self.model, Classifier) or on_release) and not trial:
             self.trainer.test(self.model, datamodule=self.datamodule)
 
 

@@ -13,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_dp.data import DPDataModule
 from lightning_dp.methods import DPModule
+from lightning_dp.privacy import Release
 
 _SENTENCES = {
     "add_remove": "adding or removing one {unit}",
@@ -54,14 +55,14 @@ class PrivacyCard(Callback):
             return
         card = make_card(trainer, pl_module)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (
-            ("privacy_card.json", json.dumps(card, indent=2) + "\n"),
-            ("privacy_card.md", to_markdown(card)),
-        ):
-            # Replaced whole, so that an interrupt leaves the old card or the new one.
-            draft = folder / f".{name}.draft"
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, folder / name)
+        texts = {"privacy_card.json": json.dumps(card, indent=2) + "\n", "privacy_card.md": to_markdown(card)}
+        release = folder / "release"  # published data travel with a card of their own
+        for place in (folder, release) if release.is_dir() else (folder,):
+            for name, text in texts.items():
+                # Replaced whole, so that an interrupt leaves the old card or the new one.
+                draft = place / f".{name}.draft"
+                draft.write_text(text, encoding="utf-8")
+                os.replace(draft, place / name)
         rank_zero_info(f"privacy card: {folder / 'privacy_card.md'}")
 
 
@@ -90,10 +91,10 @@ def make_card(trainer: Trainer, module: DPModule) -> dict[str, Any]:
         "expected_batch_size": config.expected_batch_size,
         "num_examples": config.num_examples,
         "steps": config.steps,
-        "releases": [[r.noise_multiplier, r.sample_rate, r.count] for r in mechanism.ledger.releases],
+        "releases": [_release(release) for release in mechanism.ledger.releases],
         "ledger": None if mechanism.ledger.path is None else mechanism.ledger.path.name,
         "rng": "; then ".join(mechanism.rng_history),
-        "claims": [],
+        "claims": module.claims(),
         "outside_the_guarantee": [*module.private_diagnostics(), *_outside(private_validation)],
         "metrics": _metrics(trainer),
         "data": data,
@@ -124,12 +125,21 @@ def to_markdown(card: dict[str, Any]) -> str:
     rows = [(key, value) for key, value in card.items() if key not in ("releases", "metrics", "data", "versions")]
     lines = ["# Privacy card", "", sentence, "", "| | |", "|---|---|"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in rows]
-    lines += ["", "## Releases", "", "| noise multiplier | sample rate | count |", "|---|---|---|"]
-    lines += [f"| {sigma:.6g} | {rate:.6g} | {count} |" for sigma, rate, count in card["releases"]]
+    lines += ["", "## Releases", "", "| noise multiplier | sample rate | count | group |", "|---|---|---|---|"]
+    lines += [
+        f"| {sigma:.6g} | {rate:.6g} | {count} | {'; '.join(group)} |"
+        for sigma, rate, count, *group in card["releases"]
+    ]
     for title in ("metrics", "data", "versions"):
         lines += ["", f"## {title.capitalize()}", "", "| | |", "|---|---|"]
         lines += [f"| {key} | {_cell(value)} |" for key, value in card[title].items()]
     return "\n".join(lines) + "\n"
+
+
+def _release(release: Release) -> list[float | str]:
+    """A line of the ledger; with its group if it has one."""
+    numbers: list[float | str] = [release.noise_multiplier, release.sample_rate, release.count]
+    return [*numbers, release.group] if release.group else numbers
 
 
 def _outside(private_validation: bool) -> list[str]:

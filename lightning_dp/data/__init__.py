@@ -14,6 +14,9 @@ from lightning_dp.data.public import PublicDataModule as PublicDataModule
 from lightning_dp.data.records import RecordDataset as RecordDataset
 from lightning_dp.data.records import Records as Records
 from lightning_dp.data.records import content_hashes as content_hashes
+from lightning_dp.data.release import Published as Published
+from lightning_dp.data.release import ReleaseDataModule as ReleaseDataModule
+from lightning_dp.data.release import load_release as load_release
 from lightning_dp.data.sources import CIFAR10 as CIFAR10
 from lightning_dp.data.sources import CIFAR100 as CIFAR100
 from lightning_dp.data.sources import EMNIST as EMNIST

@@ -14,6 +14,7 @@ from lightning_dp.data.features import FeatureCache, FeatureDtype
 from lightning_dp.data.loaders import EvalBatchSampler, record_loader
 from lightning_dp.data.pool import check_origin, describe_pool
 from lightning_dp.data.records import RecordDataset, Records
+from lightning_dp.data.release import encoder_name
 from lightning_dp.data.roles import Roles, assign_roles, check_num_examples
 from lightning_dp.data.sources import Source, check_compatible
 from lightning_dp.data.splits import SplitSettings
@@ -175,7 +176,7 @@ class DPDataModule(LightningDataModule):
             "overlaps": {} if self._roles is None else self._roles.public_overlaps(),
             "validation": self.validation,
             "validation_is_private": self.validation_is_private,
-            "encoder": self._encoder_provenance(),
+            "encoder": encoder_name(self.encoder),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -297,11 +298,6 @@ class DPDataModule(LightningDataModule):
         folder = self.trainer.log_dir  # on every rank: Lightning broadcasts it
         if folder is not None and self.trainer.is_global_zero:
             roles.save(Path(folder) / "splits.json")
-
-    def _encoder_provenance(self) -> str | None:
-        if isinstance(self.encoder, Encoder):
-            return self.encoder.title
-        return None if self.encoder is None else type(self.encoder).__name__
 
     def _public_provenance(self) -> str | None:
         if self.public is not None:

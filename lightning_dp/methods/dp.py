@@ -43,6 +43,7 @@ class DPModule(Classifier, ABC):
         self._mechanism: Mechanism | None = None
         self._previous: dict[str, Any] | None = None
         self._disclosed: list[str] = []
+        self._declared = privacy
 
     @abstractmethod
     def contribution(self, image: Tensor, label: Tensor) -> Tensors:
@@ -56,7 +57,6 @@ class DPModule(Classifier, ABC):
     def update(self, mean: Tensors) -> None:
         """Use a released mean. Everything here is post-processing."""
 
-    @final
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One release: bound every record, sum, add noise and record it, update."""
         images, labels = batch
@@ -95,6 +95,14 @@ class DPModule(Classifier, ABC):
         """What this run, or one that it goes on from, disclosed; it goes on the card."""
         return list(self._disclosed)
 
+    def new_mechanism(self, privacy: PrivacyConfig, previous: dict[str, Any] | None) -> Mechanism:
+        """The mechanism of a run that begins, or goes on from ``previous``."""
+        return Mechanism(privacy, previous)
+
+    def claims(self) -> list[str]:
+        """What others say of this mechanism, for the card; each beside the certified value."""
+        return []
+
     @property
     def mechanism(self) -> Mechanism:
         """The mechanism of this run; holds the ledger.
@@ -120,8 +128,9 @@ class DPModule(Classifier, ABC):
     def on_train_start(self) -> None:
         """Check the live loader, take hold of the ledger's file, and work out what may still be released."""
         trainer, mechanism = self.trainer, self.mechanism
-        check_loader(trainer.train_dataloader, mechanism.config, trainer.global_rank, trainer.world_size)
-        if self.datamodule.privacy != mechanism.config:
+        assert self.privacy is not None
+        check_loader(trainer.train_dataloader, self.privacy, trainer.global_rank, trainer.world_size)
+        if self.datamodule.privacy != self.privacy:
             raise ConfigError(
                 "DPDataModule and the model have different privacy sections, so batches would not be the accounted "
                 "ones: give both the same"
@@ -183,14 +192,14 @@ class DPModule(Classifier, ABC):
                 "no privacy section: set privacy.epsilon, privacy.delta and the rest, or use the SGD class"
             )
         if self._mechanism is None:
-            mechanism = Mechanism(self.privacy, self._previous)
+            mechanism = self.new_mechanism(self.privacy, self._previous)
             if self._previous is not None:
                 self._find_ledger(mechanism.ledger)
                 # Before anybody asks what was spent: the file may know of more releases than the checkpoint.
                 self._attach(mechanism)
-            self._mechanism = mechanism
+            self._mechanism, self._declared = mechanism, self.privacy
             return
-        if self._mechanism.config != self.privacy:
+        if self._declared != self.privacy:
             raise ConfigError("the privacy section changed between two fits of one module: make a new module")
         self._mechanism.renew_randomness()
         if self._previous is not None and self._previous["ledger"]["run"] != self._mechanism.ledger.run:

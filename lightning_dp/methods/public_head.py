@@ -140,7 +140,7 @@ def text_head(
 
 def with_bias(net: LinearHead, inputs: Tensor) -> Tensor:
     """Features (n, values) as the head's linear map sees them, with a constant 1 for its bias as the last value."""
-    return F.pad(net.norm(inputs.float()).flatten(1), (0, 1), value=1.0)
+    return F.pad(net.features(inputs.float()), (0, 1), value=1.0)
 
 
 def linear_head(net: nn.Module, name: str) -> LinearHead:

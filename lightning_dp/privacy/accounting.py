@@ -12,7 +12,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -59,24 +59,45 @@ class Release:
         noise_multiplier: standard deviation of the noise over the clip norm.
         sample_rate: probability of each record to be in the batch; 1 is full batch.
         count: how many such sums were released.
+        group: part of a public partition of the records to which the batches were confined ("class 3"); "" for all
+            records. A record belongs to one part, by itself: what others are there does not move it.
     """
 
     noise_multiplier: float
     sample_rate: float
     count: int = 1
+    group: str = ""
 
 
 def merge(releases: Iterable[Release]) -> tuple[Release, ...]:
-    """Neighbours alike in noise and rate put together; epsilon does not depend on it."""
-    groups = itertools.groupby(releases, key=lambda release: (release.noise_multiplier, release.sample_rate))
-    merged = (Release(sigma, rate, sum(release.count for release in group)) for (sigma, rate), group in groups)
+    """Neighbours alike in all but the count put together; epsilon does not depend on it."""
+    runs = itertools.groupby(releases, key=lambda release: replace(release, count=0))
+    merged = (replace(kind, count=sum(release.count for release in run)) for kind, run in runs)
     return tuple(release for release in merged if release.count)
+
+
+def _by_record(releases: tuple[Release, ...], adjacency: Adjacency) -> list[tuple[Release, ...]]:
+    """What a record of each group takes part in: the releases of its group and those of all (parallel composition).
+
+    Raises:
+        ConfigError: replace-one with groups, since a replaced record may change its group.
+    """
+    groups = {release.group for release in releases} - {""}
+    if not groups:
+        return [releases]
+    if adjacency == "replace_one":
+        raise ConfigError(
+            "privacy.adjacency replace_one does not go with releases by group: a replaced record may be of another "
+            "group; set add_remove"
+        )
+    seen = ((release for release in releases if release.group in ("", group)) for group in groups)
+    return list({merge(replace(release, group="") for release in part) for part in seen})
 
 
 def epsilon(
     releases: Iterable[Release], delta: float, adjacency: Adjacency = "add_remove", accountant: Accountant = "pld"
 ) -> float:
-    """Smallest certified epsilon for ``delta`` of all ``releases`` together.
+    """Smallest certified epsilon for ``delta`` of all ``releases`` together, for a record of any group.
 
     Args:
         releases: the ledger.
@@ -86,7 +107,8 @@ def epsilon(
         accountant: see the module.
 
     Raises:
-        ConfigError: an FFT accountant with delta below 1e-9, or ``rdp`` with ``replace_one``.
+        ConfigError: an FFT accountant with delta below 1e-9, ``rdp`` with ``replace_one``, or ``replace_one`` with
+            groups.
 
     Example:
         >>> round(epsilon([Release(4.0, 1.0)], delta=1e-5), 3)
@@ -101,7 +123,8 @@ def epsilon(
         return math.inf
     if accountant != "rdp" and delta < SMALLEST_FFT_DELTA:
         raise ConfigError(f"privacy.accountant {accountant} is float64 noise at delta {delta:g}: use rdp below 1e-9")
-    return {"pld": _pld, "prv": _prv, "rdp": _rdp}[accountant](merged, delta, adjacency)
+    account = {"pld": _pld, "prv": _prv, "rdp": _rdp}[accountant]
+    return max(account(seen, delta, adjacency) for seen in _by_record(merged, adjacency))
 
 
 def second_opinion(
@@ -119,10 +142,11 @@ def second_opinion(
         return epsilon(merged, delta, adjacency), "exact"
     if accountant == "prv":
         return epsilon(merged, delta, adjacency, "pld"), "pld"
-    within_prv = delta >= SMALLEST_FFT_DELTA and len(merged) <= _MOST_FFT_SEGMENTS
+    most = max(len(seen) for seen in _by_record(merged, adjacency))
+    within_prv = delta >= SMALLEST_FFT_DELTA and most <= _MOST_FFT_SEGMENTS
     if accountant == "pld" and within_prv and epsilon(merged, delta, adjacency) <= _LARGEST_PRV_EPSILON:
         return epsilon(merged, delta, adjacency, "prv"), "prv"
-    return _opacus_rdp(merged, delta, adjacency), "rdp (opacus)"
+    return max(_opacus_rdp(seen, delta, adjacency) for seen in _by_record(merged, adjacency)), "rdp (opacus)"
 
 
 def calibrate(
@@ -140,14 +164,26 @@ def calibrate(
     Raises:
         ConfigError: no noise multiplier up to 1e6 reaches the target.
     """
+    return calibrate_plan(target_epsilon, delta, [Release(0.0, sample_rate, steps)], adjacency, accountant)
+
+
+def calibrate_plan(
+    target_epsilon: float,
+    delta: float,
+    plan: Sequence[Release],
+    adjacency: Adjacency = "add_remove",
+    accountant: Accountant = "pld",
+) -> float:
+    """As `calibrate`, for releases of several rates and groups at one noise multiplier; theirs are not read."""
 
     def excess(log_sigma: float) -> float:
-        release = Release(math.exp(log_sigma), sample_rate, steps)
-        return epsilon([release], delta, adjacency, accountant) - target_epsilon
+        planned = [replace(release, noise_multiplier=math.exp(log_sigma)) for release in plan]
+        return epsilon(planned, delta, adjacency, accountant) - target_epsilon
 
     # Far below the answer a PLD takes seconds. Full-batch Gaussians compose to one, whose classical bound is near.
+    steps = sum(release.count for release in plan)
     classical = math.sqrt(steps * 2 * math.log(1.25 / delta)) / target_epsilon
-    high = math.log(classical if sample_rate == 1 else 1.0)
+    high = math.log(classical if all(release.sample_rate == 1 for release in plan) else 1.0)
     low = high - math.log(2)
     while excess(high) > 0:
         low, high = high, high + math.log(2)
@@ -175,7 +211,7 @@ def affordable_steps(
     """How many more times, up to ``most``, ``release`` fits into the budget after ``spent``."""
 
     def fits(count: int) -> bool:
-        ahead = Release(release.noise_multiplier, release.sample_rate, count)
+        ahead = replace(release, count=count)
         return epsilon([*spent, ahead], delta, adjacency, accountant) <= target_epsilon
 
     if fits(most):
@@ -189,10 +225,10 @@ def affordable_steps(
 
 @lru_cache(maxsize=4096)
 def _pld(releases: tuple[Release, ...], delta: float, adjacency: Adjacency) -> float:
-    """dp-accounting's PLD; the interval shrinks where its pessimism, about interval * sqrt(steps) / 2, would show."""
+    """dp-accounting's PLD; the interval shrinks where its pessimism, at most interval * sqrt(steps) / 2, would show."""
     coarse = _pld_at(releases, delta, adjacency, 1e-4)
     pessimism = 1e-4 * math.sqrt(sum(release.count for release in releases)) / 2
-    if coarse >= 0.05 or pessimism < 0.01 * coarse:
+    if pessimism < 0.04 * coarse:
         return coarse
     return min(coarse, _pld_at(releases, delta, adjacency, 1e-5))
 

@@ -5,6 +5,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,16 @@ class Ledger:
     def __len__(self) -> int:
         return sum(release.count for release in self.releases)
 
-    def record(self, release: Release) -> None:
-        """Add ``release``, to the file first.
+    def record(self, *releases: Release) -> None:
+        """Add what leaves together, to the file first.
 
         Raises:
             ConfigError: another process has written to the file since; nothing was recorded.
             OSError: the disk is full; a torn line may be left behind, which counts.
         """
         if self._file is not None:
-            self._append([release])
-        self.releases = merge([*self.releases, release])
+            self._append(releases)
+        self.releases = merge([*self.releases, *releases])
 
     def open(self, folder: Path) -> None:
         """Attach the run's file, new below ``folder`` if it has none yet.
@@ -72,8 +73,7 @@ class Ledger:
         # File and checkpoint can each be the older one; the longer record is the truth, and both get it.
         missing = len(self) - sum(release.count for release in written)
         if missing > 0:
-            last = self.releases[-1]
-            self._append([Release(last.noise_multiplier, last.sample_rate, missing)])
+            self._append([replace(self.releases[-1], count=missing)])
         else:
             self.releases = merge(written)
 
@@ -104,13 +104,14 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, so that a checkpoint loads with ``weights_only=True``."""
-        rows = [[release.noise_multiplier, release.sample_rate, release.count] for release in self.releases]
+        rows = [[value for value in astuple(release) if value != ""] for release in self.releases]
         return {"run": self.run, "path": None if self.path is None else str(self.path), "releases": rows}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Ledger":
         """The ledger of a checkpoint; its file is attached by `open`."""
-        releases = [Release(float(sigma), float(rate), int(count)) for sigma, rate, count in state["releases"]]
+        rows = state["releases"]
+        releases = [Release(float(sigma), float(rate), int(count), *group) for sigma, rate, count, *group in rows]
         return cls(releases, state["run"], None if state["path"] is None else Path(state["path"]))
 
 
@@ -134,7 +135,7 @@ def read(path: Path) -> tuple[str, tuple[Release, ...]]:
     for row in rows:
         known = row or known
         if known is not None:
-            releases.append(row or Release(known.noise_multiplier, known.sample_rate))
+            releases.append(row or replace(known, group=""))  # whose group it was cannot be read: it counts for all
     return run, merge(releases)
 
 
@@ -142,17 +143,14 @@ def _parse(line: str) -> Release | None:
     """The release of one line; None if the line is torn."""
     try:
         row = json.loads(line)
-        return Release(float(row["noise_multiplier"]), float(row["sample_rate"]), int(row["count"]))
+        numbers = float(row["noise_multiplier"]), float(row["sample_rate"]), int(row["count"])
+        return Release(*numbers, str(row.get("group", "")))
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _row(release: Release) -> dict[str, float]:
-    return {
-        "noise_multiplier": release.noise_multiplier,
-        "sample_rate": release.sample_rate,
-        "count": release.count,
-    }
+def _row(release: Release) -> dict[str, Any]:
+    return {key: value for key, value in asdict(release).items() if value != ""}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,7 +7,8 @@ hands the result out in one call; there is no other way to a sum of private reco
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,15 +138,27 @@ class Mechanism:
     Args:
         config: the public numbers.
         previous: ``state_dict`` of the run that is continued, if any. Its sigma and its ledger go on.
+        plan: everything the run will release, where that is not ``config.steps`` sums at ``config.sample_rate``; the
+            noise multipliers in it are not read. sigma is calibrated for the whole plan, and nothing else is released.
 
     Raises:
-        ConfigError: the budget does not cover a single release, or ``previous`` was another mechanism.
+        ConfigError: the budget does not cover a single release, or not the whole ``plan``, or ``previous`` was
+            another mechanism.
     """
 
-    def __init__(self, config: PrivacyConfig, previous: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: PrivacyConfig,
+        previous: dict[str, Any] | None = None,
+        plan: Sequence[Release] | None = None,
+    ) -> None:
+        assert previous is None or plan is None, "a planned release is not continued"
         self.config = config
+        self._shares = None if plan is None else _counts(plan)
         self.ledger = Ledger() if previous is None else Ledger.from_state_dict(previous["ledger"])
-        self.noise_multiplier = self._calibrated() if previous is None else self._continued(previous)
+        self.noise_multiplier = self._calibrated(plan) if previous is None else self._continued(previous)
+        if plan is not None:
+            self._check_plan(plan)
         self._planned = config.steps if previous is None else int(previous["config"]["steps"])
         self._release = Release(self.noise_multiplier, config.sample_rate)
         self._last_step = -1
@@ -160,7 +173,12 @@ class Mechanism:
             )
 
     def release(
-        self, total: Tensors, step: int, rank: int = 0, reduce: Callable[[Tensor], Tensor] | None = None
+        self,
+        total: Tensors,
+        step: int,
+        rank: int = 0,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        draws: Sequence[Release] | None = None,
     ) -> Tensors:
         """The noisy mean over the logical batch: (sum over ranks of ``total`` + noise) / expected batch size.
 
@@ -168,16 +186,20 @@ class Mechanism:
         most ``max_norm``; it is written to the ledger before anything leaves. The divisor is a public constant.
 
         Args:
-            total: this rank's clipped sum.
+            total: this rank's clipped sum; or several sums of batches that were drawn independently, side by side.
             step: the trainer's step; addresses the noise, and only grows.
             rank: index of this process. Noise is drawn on rank 0 only, and added before the sum over ranks.
             reduce: sum over ranks of one flat tensor; None for a single process.
+            draws: which batches ``total`` holds the sums of, where that is not one batch at ``config.sample_rate``:
+                one entry for each kind that a record can be in, at this mechanism's noise multiplier.
 
         Raises:
-            BudgetExceededError: the release would cross ``epsilon``; nothing was released.
+            BudgetExceededError: the release would cross ``epsilon``, or is not planned; nothing was released.
             ConfigError: ``step`` was used before, so batch and noise would repeat; nothing was released.
+            ValueError: ``draws`` at another noise multiplier; nothing was released.
         """
-        if self.releases_left < 1:
+        entries = (self._release,) if draws is None else tuple(draws)
+        if not self._covers(entries):
             raise BudgetExceededError(f"the budget is spent after {len(self.ledger)} releases: {self.summary()}")
         if step <= self._last_step:
             raise ConfigError(
@@ -185,7 +207,7 @@ class Mechanism:
                 "optimizer once, which moves trainer.global_step"
             )
         self._last_step = step
-        self.ledger.record(self._release)
+        self.ledger.record(*entries)
         flat = flatten(total)
         if rank == 0:
             flat = flat + self._noise(flat, step)
@@ -217,6 +239,9 @@ class Mechanism:
 
     def renew_allowance(self) -> None:
         """Work out how many releases the ledger may hold; after the ledger has grown from outside."""
+        if self._shares is not None:
+            self._most = sum(self._shares.values())
+            return
         spent, plan = len(self.ledger), self.config.steps
         if self.config.epsilon is None:
             # Without a target, steps is the whole declaration; what a crash lost is counted and does not end the run.
@@ -272,6 +297,16 @@ class Mechanism:
             "ledger": self.ledger.state_dict(),
         }
 
+    def _covers(self, entries: Sequence[Release]) -> bool:
+        """Whether the declared budget has room for all of ``entries``."""
+        if any(entry.noise_multiplier != self.noise_multiplier for entry in entries):
+            raise ValueError(f"all sums of this mechanism have the noise multiplier {self.noise_multiplier:g}")
+        if self._shares is None:
+            kinds = {(entry.sample_rate, entry.group) for entry in entries}
+            return kinds == {(self.config.sample_rate, "")} and _counts(entries).total() <= self.releases_left
+        after = _counts([*self.ledger.releases, *entries])
+        return all(count <= self._shares[kind] for kind, count in after.items())
+
     def _noise(self, like: Tensor, step: int) -> Tensor:
         std = self.noise_std_of_mean * self.config.expected_batch_size
         if std == 0:
@@ -284,16 +319,26 @@ class Mechanism:
             drawn = noise.gaussian(like.numel(), std, self.randomness.numpy("noise", step))
         return drawn.to(like)
 
-    def _calibrated(self) -> float:
+    def _calibrated(self, plan: Sequence[Release] | None) -> float:
         config = self.config
         if config.noise_multiplier is not None:
             return config.noise_multiplier
         assert config.epsilon is not None
-        sigma = accounting.calibrate(
-            config.epsilon, config.delta, config.sample_rate, config.steps, config.adjacency, config.accountant
-        )
+        whole = [Release(0.0, config.sample_rate, config.steps)] if plan is None else plan
+        sigma = accounting.calibrate_plan(config.epsilon, config.delta, whole, config.adjacency, config.accountant)
         log.info("noise_multiplier %.4f gives epsilon %g after %d steps", sigma, config.epsilon, config.steps)
         return sigma
+
+    def _check_plan(self, plan: Sequence[Release]) -> None:
+        """Refuse a plan that a given sigma does not hold within the target: half a plan would be spent for nothing."""
+        config = self.config
+        whole = [dataclasses.replace(release, noise_multiplier=self.noise_multiplier) for release in plan]
+        spent = accounting.epsilon(whole, config.delta, config.adjacency, config.accountant)
+        if config.epsilon is not None and spent > config.epsilon:
+            raise ConfigError(
+                f"privacy.noise_multiplier {self.noise_multiplier:g} makes the planned releases cost epsilon "
+                f"{spent:.4g}, above privacy.epsilon {config.epsilon:g}: raise one of them, or leave one out"
+            )
 
     def _continued(self, previous: dict[str, Any]) -> float:
         """The stored sigma, after checking that the configured mechanism is the stored one."""
@@ -311,3 +356,11 @@ class Mechanism:
                 f"{sigma:g}: leave it out or start a new run"
             )
         return sigma
+
+
+def _counts(releases: Iterable[Release]) -> Counter[tuple[float, str]]:
+    """How many sums of each kind."""
+    counts: Counter[tuple[float, str]] = Counter()
+    for release in releases:
+        counts[release.sample_rate, release.group] += release.count
+    return counts

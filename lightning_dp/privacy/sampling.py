@@ -63,3 +63,31 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return self.steps_per_epoch
+
+
+def poisson_draws(
+    num_records: int, sample_rate: float, count: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Many Poisson batches at once: in each, every record takes part independently with probability ``sample_rate``.
+
+    The size is binomial and, given the size, all sets of records are equally likely: the same law as one coin a record,
+    at the price of the records that are drawn.
+
+    Args:
+        num_records: records to draw from.
+        sample_rate: probability per record and batch, in [0, 1].
+        count: number of batches.
+        generator: source of the draws.
+
+    Returns:
+        Indices of all batches, one after the other, and the place (count,) where each batch begins.
+
+    Example:
+        >>> indices, starts = poisson_draws(1000, 0.003, 3, np.random.default_rng(0))
+        >>> np.split(indices, starts[1:])[1].tolist()
+        [812, 649]
+    """
+    sizes = generator.binomial(num_records, sample_rate, count)
+    draws = [generator.choice(num_records, size, replace=False, shuffle=False) for size in sizes]
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+    return np.concatenate([np.empty(0, np.int64), *draws]), starts

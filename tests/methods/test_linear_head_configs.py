@@ -30,11 +30,12 @@ def test_every_linear_head_method_fits_and_leaves_its_metrics(tmp_path, monkeypa
     assert (run / "privacy_card.json").is_file() == (method.stem != "only_public")
 
 
-def test_the_comparison_names_files_that_exist():
-    spec = yaml.safe_load((CONFIGS / "compare" / "adamix.yaml").read_text())
+@pytest.mark.parametrize("name", ["adamix.yaml", "adamix_cifar10.yaml"])
+def test_the_comparison_names_files_that_exist(name):
+    spec = yaml.safe_load((CONFIGS / "compare" / name).read_text())
     parts = [
         spec["common"],
         *spec["rows"].values(),
-        *(place for axis in spec["axes"].values() for place in axis.values()),
+        *(place for axis in spec.get("axes", {}).values() for place in axis.values()),
     ]
     assert not [file for part in parts for file in part.get("files", []) if not (ROOT / file).is_file()]

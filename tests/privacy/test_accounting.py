@@ -5,7 +5,15 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from lightning_dp.errors import ConfigError
-from lightning_dp.privacy.accounting import Release, affordable_steps, calibrate, epsilon, merge, second_opinion
+from lightning_dp.privacy.accounting import (
+    Release,
+    affordable_steps,
+    calibrate,
+    calibrate_plan,
+    epsilon,
+    merge,
+    second_opinion,
+)
 
 # (sample rate, noise multiplier, steps): epsilon under add-remove and replace-one at delta 1e-5, by PLD.
 PINNED = {
@@ -131,3 +139,23 @@ def test_second_opinion_is_another_accountant():
     large, name = second_opinion([Release(0.7, 0.1, 1000)], 1e-5, "add_remove", "pld")
     assert name == "rdp (opacus)"
     assert large >= 54.02
+
+
+def test_groups_compose_in_parallel_and_with_what_all_took_part_in():
+    """Each record is in one group: the worst group counts, together with the releases without a group."""
+    everyone, first, second = Release(2.0, 0.1, 50), Release(2.0, 0.1, 30, "a"), Release(2.0, 0.1, 70, "b")
+    alone = epsilon([Release(2.0, 0.1, 70)], 1e-5)
+    assert epsilon([first, second], 1e-5) == alone
+    assert epsilon([first, everyone, second], 1e-5) == pytest.approx(epsilon([Release(2.0, 0.1, 120)], 1e-5), abs=1e-3)
+    assert second_opinion([first, second], 1e-5, "add_remove", "pld")[0] == pytest.approx(alone, abs=0.02)
+    assert merge([first, first, second]) == (Release(2.0, 0.1, 60, "a"), second)
+
+
+def test_groups_are_refused_under_replacement():
+    with pytest.raises(ConfigError, match="add_remove"):
+        epsilon([Release(2.0, 0.1, 30, "a")], 1e-5, "replace_one")
+
+
+def test_a_plan_is_calibrated_for_its_worst_group():
+    plan = [Release(0.0, 0.1, 30, "a"), Release(0.0, 0.1, 70, "b")]
+    assert calibrate_plan(1.0, 1e-5, plan) == pytest.approx(calibrate(1.0, 1e-5, 0.1, 70), rel=1e-3)

@@ -133,3 +133,26 @@ def test_state_is_plain_and_the_ledger_can_be_copied(ledger):
     state = ledger.state_dict()
     assert json.loads(json.dumps(state)) == state
     assert copy.deepcopy(ledger).releases == ledger.releases
+
+
+def test_groups_are_kept_on_disk_and_in_checkpoints(ledger):
+    rows = (Release(1.5, 0.1, 2, "class 0"), Release(1.5, 0.2, 3, "class 1"))
+    ledger.record(*rows)
+    assert read(ledger.path)[1] == ledger.releases == rows
+    assert Ledger.from_state_dict(ledger.state_dict()).releases == rows
+    old = {**ledger.state_dict(), "releases": [[1.5, 0.1, 7]]}
+    assert Ledger.from_state_dict(old).releases == (Release(1.5, 0.1, 7),)
+
+
+def test_a_torn_line_of_a_block_counts_as_the_block_before_it(ledger):
+    ledger.record(Release(1.5, 0.1, 50))
+    with ledger.path.open("a") as file:
+        file.write('{"noise_mul')
+    assert read(ledger.path)[1] == (Release(1.5, 0.1, 100),)
+
+
+def test_a_torn_line_counts_for_every_group(ledger):
+    ledger.record(Release(1.5, 0.1, 50, "class 0"))
+    with ledger.path.open("a") as file:
+        file.write('{"noise_mul')
+    assert read(ledger.path)[1] == (Release(1.5, 0.1, 50, "class 0"), Release(1.5, 0.1, 50))

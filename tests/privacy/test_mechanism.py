@@ -183,3 +183,59 @@ def test_the_state_holds_no_randomness():
     mechanism = Mechanism(dataclasses.replace(CONFIG, seed=None))
     assert mechanism.randomness.key.hex() not in json.dumps(mechanism.state_dict())
     assert str(mechanism.randomness.key) not in json.dumps(mechanism.state_dict())
+
+
+PLAN = [Release(0.0, 0.2, 4, "class 0"), Release(0.0, 0.2, 3, "class 1")]
+
+
+def test_a_planned_mechanism_releases_its_plan_and_nothing_else(tmp_path):
+    mechanism = Mechanism(CONFIG, plan=PLAN)
+    mechanism.ledger.open(tmp_path)
+    sigma = mechanism.noise_multiplier
+    total = {"w": torch.zeros(2, 3)}
+    block = [Release(sigma, 0.2, 2, "class 0"), Release(sigma, 0.2, 2, "class 1")]
+    noisy = mechanism.release(total, 0, draws=block)["w"]
+    assert noisy.shape == (2, 3)
+    assert noisy.unique().numel() == 6
+    assert mechanism.releases_left == 3
+    for wrong in (
+        [Release(sigma, 0.2, 3, "class 0")],  # more than is left of the class
+        [Release(sigma, 0.1, 1, "class 0")],  # another rate
+        [Release(sigma, 0.2, 1, "class 2")],  # another class
+        [Release(sigma, 0.2, 1)],  # all records
+        None,
+    ):
+        with pytest.raises(BudgetExceededError):
+            mechanism.release(total, 1, draws=wrong)
+    assert mechanism.ledger.releases == read(mechanism.ledger.path)[1]
+    mechanism.release(total, 1, draws=[Release(sigma, 0.2, 2, "class 0"), Release(sigma, 0.2, 1, "class 1")])
+    assert mechanism.releases_left == 0
+    assert 1.9 < mechanism.epsilon() <= 2.0
+    mechanism.ledger.close()
+
+
+def test_several_sums_at_once_are_counted_each_and_stay_within_the_budget():
+    mechanism = Mechanism(CONFIG)
+    entry = Release(mechanism.noise_multiplier, 0.1, 4)
+    mechanism.release({"w": torch.zeros(4, 3)}, 0, draws=[entry])
+    assert mechanism.releases_left == 1
+    for wrong in ([dataclasses.replace(entry, count=2)], [dataclasses.replace(entry, count=1, sample_rate=0.01)]):
+        with pytest.raises(BudgetExceededError):
+            mechanism.release({"w": torch.zeros(2, 3)}, 1, draws=wrong)
+    assert mechanism.releases_left == 1
+
+
+def test_a_plan_that_a_given_sigma_takes_across_the_target_is_refused():
+    planned = Mechanism(CONFIG, plan=PLAN)
+    given = dataclasses.replace(CONFIG, noise_multiplier=planned.noise_multiplier)
+    assert Mechanism(given, plan=PLAN).epsilon() == 0
+    loud = dataclasses.replace(CONFIG, noise_multiplier=0.8 * planned.noise_multiplier)
+    with pytest.raises(ConfigError, match=r"above privacy\.epsilon 2"):
+        Mechanism(loud, plan=PLAN)
+
+
+def test_sums_at_another_noise_multiplier_are_refused():
+    mechanism = Mechanism(CONFIG)
+    with pytest.raises(ValueError, match="noise multiplier"):
+        mechanism.release({"w": torch.zeros(3)}, 0, draws=[Release(2 * mechanism.noise_multiplier, 0.1, 1)])
+    assert len(mechanism.ledger) == 0

@@ -1,8 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 
 from lightning_dp.privacy.randomness import Randomness
-from lightning_dp.privacy.sampling import PoissonBatchSampler
+from lightning_dp.privacy.sampling import PoissonBatchSampler, poisson_draws
 
 RECORDS, RATE, STEPS = 400, 0.1, 3000
 
@@ -87,3 +89,23 @@ def test_sampling_ignores_the_global_generators():
 def test_impossible_rates_are_refused(rate):
     with pytest.raises(ValueError, match="sample_rate"):
         make(rate=rate)
+
+
+def test_many_draws_at_once_are_poisson_and_hold_nobody_twice():
+    indices, starts = poisson_draws(40, 0.3, 5000, np.random.default_rng(1))
+    batches = np.split(indices, starts[1:])
+    assert len(batches) == 5000
+    assert all(len(set(batch)) == len(batch) for batch in batches)
+    taken = np.zeros((5000, 40), dtype=bool)
+    for row, batch in zip(taken, batches, strict=True):
+        row[batch] = True
+    assert abs(taken.mean(0) - 0.3).max() < 4.5 * math.sqrt(0.3 * 0.7 / 5000)
+    pairs = np.corrcoef(taken.T.astype(float)) - np.eye(40)
+    assert abs(pairs).max() < 5.5 / math.sqrt(5000)  # a record's coin says nothing of another's
+
+
+@pytest.mark.parametrize(("records", "rate", "sizes"), [(5, 1.0, 5), (5, 0.0, 0), (0, 0.5, 0)])
+def test_draws_of_all_and_of_none(records, rate, sizes):
+    indices, starts = poisson_draws(records, rate, 3, np.random.default_rng(0))
+    assert len(indices) == 3 * sizes
+    assert starts.tolist() == [0, sizes, 2 * sizes]
