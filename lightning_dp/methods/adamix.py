@@ -8,7 +8,6 @@ that of the ledger. tau, the subspace and the public gradient come from public r
 released before; multiplying the released sum by tau and projecting it are post-processing.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
@@ -139,9 +138,8 @@ class AdaMix(DPModule):
         clip_norm: the fixed clip norm, if ``clip_quantile`` is None, in units of the gradient.
         clip_floor: smallest clip norm by quantile.
         weight_decay: lambda of ``lambda / 2 |head|^2``, added to the mean loss.
-        noise_damping: steps are shortened to this multiple of N / (sigma sqrt(d)), where that is below 1: of the length
-            of a sum of N gradients at the clip norm over the length of the noise in its d values. Public numbers all.
-            None for no damping.
+        noise_damping: steps are shortened to this multiple of N / sigma, where that is below 1: of the length of a sum
+            of N gradients at the clip norm over the noise in any one direction. Public numbers. None for no damping.
         record_losses: PRIVATE diagnostic: every record's own privacy loss, written to ``private/`` in the log
             directory and not for release. Full batch, one process.
 
@@ -164,7 +162,7 @@ class AdaMix(DPModule):
         clip_floor: float = 1e-3,
         weight_decay: float = 0.0,
         record_losses: bool = False,
-        noise_damping: float | None = 1.0,
+        noise_damping: float | None = 0.005,
     ) -> None:
         super().__init__(linear_head(net, "AdaMix"), optimizer, scheduler, physical_batch_size, privacy)
         if privacy is not None and privacy.max_norm != 1:
@@ -262,18 +260,18 @@ class AdaMix(DPModule):
         now, num_private = self._now, self.privacy.num_examples
         both = now.private_sum(mean["gradient"] * num_private) + now.residuals.T @ now.features
         gradient = both / (num_private + len(now.features)) + self.weight_decay * self.head()
-        gradient = gradient * self.damping(mean["gradient"].numel())
+        gradient = gradient * self.damping()
         self.log("public/clip_norm", now.clip_norm)
         self.step_optimizer({"linear.weight": gradient[:, :-1], "linear.bias": gradient[:, -1]})
 
-    def damping(self, values: int) -> float:
-        """Factor of a step whose released sum has ``values`` noisy values, in (0, 1]."""
+    def damping(self) -> float:
+        """Factor of every step, in (0, 1]."""
         assert self.privacy is not None
         sigma = self.mechanism.noise_multiplier
         if self.noise_damping is None or sigma == 0:
             return 1.0
-        drawn = self.privacy.expected_batch_size  # of a Poisson batch, as many records stand against the noise
-        return min(1.0, self.noise_damping * drawn / (sigma * math.sqrt(values)))
+        # of a Poisson batch, as many records as are expected in it stand against the noise
+        return min(1.0, self.noise_damping * self.privacy.expected_batch_size / sigma)
 
     def _head_net(self) -> LinearHead:
         assert isinstance(self.net, LinearHead)
