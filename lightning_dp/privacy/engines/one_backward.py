@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 Prepare = Callable[..., tuple[Tensor, ...]]
 DEFAULT_MEMORY_BUDGET = 64 << 20
-# Inputs and outputs of layers that a pass keeps on a CPU, per layer: more is given back to the system and faulted in
-# again at every pass, less is not worth a layer's fixed work; and a whole pass has some as well. Measured.
+# Inputs and outputs of layers that a pass keeps on a CPU, per layer: more goes to memory and comes back, less is not
+# worth a layer's fixed work; and a whole pass has some as well. Measured.
 _BYTES_PER_USE = 8 << 20
 _BYTES_PER_PASS = 32 << 20
 
