@@ -21,6 +21,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from lightning_dp import callbacks, data, methods, models
 from lightning_dp.compare import compare
 from lightning_dp.data import DPDataModule, ReleaseDataModule
+from lightning_dp.downstream import downstream
 from lightning_dp.errors import ConfigError
 from lightning_dp.generate import generate
 from lightning_dp.methods import Classifier
@@ -30,7 +31,12 @@ from lightning_dp.privacy import PrivacyConfig
 # Imported, so configurations can use the bare names of their classes.
 _NAMED = (methods, data, models, callbacks, pytorch_lightning.callbacks, torch.optim, torch.optim.lr_scheduler)
 
-_VERBS: dict[str, Callable[..., None]] = {"plan": plan, "generate": generate, "compare": compare}
+_VERBS: dict[str, Callable[..., None]] = {
+    "plan": plan,
+    "generate": generate,
+    "compare": compare,
+    "downstream": downstream,
+}
 """Verbs besides those of LightningCLI, by name."""
 
 
@@ -175,7 +181,8 @@ def _lightning(arguments: list[str] | None) -> None:
     settings: dict[str, Any] = {
         "description": "Train image classifiers under differential privacy. More verbs: `lightning-dp plan` prints "
         "noise, epsilon and steps before anything is trained; `lightning-dp generate` fills a synthetic pool; "
-        "`lightning-dp compare` runs a set of configurations.",
+        "`lightning-dp compare` runs a set of configurations; `lightning-dp downstream` trains "
+        "other networks on a release.",
         "exit_on_error": False,
     }
     per_verb = {verb: {"exit_on_error": False} for verb in DPCLI.subcommands()}

@@ -5,3 +5,6 @@ from lightning_dp.callbacks.card import PrivacyCard as PrivacyCard
 from lightning_dp.callbacks.ema import WeightEMA as WeightEMA
 from lightning_dp.callbacks.metrics import MetricsFile as MetricsFile
 from lightning_dp.callbacks.pictures import Pictures as Pictures
+from lightning_dp.callbacks.synthetic import ReleaseAccuracy as ReleaseAccuracy
+from lightning_dp.callbacks.synthetic import SyntheticImages as SyntheticImages
+from lightning_dp.callbacks.synthetic import TaskAccuracy as TaskAccuracy

@@ -33,6 +33,7 @@ from lightning_dp.data.splits import split_indices as split_indices
 from lightning_dp.data.transforms import Augmentation as Augmentation
 from lightning_dp.data.transforms import CropFlip as CropFlip
 from lightning_dp.data.transforms import Normalize as Normalize
+from lightning_dp.data.transforms import OneOfAffine as OneOfAffine
 from lightning_dp.data.transforms import Shift as Shift
 from lightning_dp.data.usps import USPS as USPS
 from lightning_dp.data.views import ViewPlan as ViewPlan

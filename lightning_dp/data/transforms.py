@@ -4,10 +4,12 @@ Augmentations draw nothing: they are functions of coins handed in, one row per r
 on how records are chunked or spread over processes.
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_dp.errors import ConfigError
 
@@ -100,6 +102,44 @@ class Shift(Augmentation):
         rows = _window(coins[:, 0], height, self.pixels).clamp(0, height - 1)
         columns = _window(coins[:, 1], width, self.pixels).clamp(0, width - 1)
         return _pick(images, rows, columns)
+
+
+class OneOfAffine(Augmentation):
+    """Shift, zoom or rotation of the whole image, one of the three at random, with bilinear interpolation.
+
+    The border pixel is repeated, so the fill is the same before and after normalising. Differentiable in the images.
+
+    Args:
+        pixels: largest shift in each direction.
+        zoom: largest change of the size, as a share.
+        degrees: largest rotation.
+    """
+
+    def __init__(self, pixels: float = 4.0, zoom: float = 0.2, degrees: float = 45.0) -> None:
+        if not 0 <= zoom < 1 or pixels < 0 or degrees < 0:
+            raise ConfigError("OneOfAffine.pixels and degrees must be at least 0, zoom in [0, 1): correct them")
+        self.pixels = pixels
+        self.zoom = zoom
+        self.degrees = degrees
+        self.num_coins = 3
+
+    def __call__(self, images: Tensor, coins: Tensor) -> Tensor:
+        """Change every image by its own coins: which of the three, and by how much (two for a shift)."""
+        height, width = images.shape[-2:]
+        if not len(images):
+            return images
+        # a coin just below 1 can round up to 1 in low precision
+        kind, first, second = (coins[:, 0] * 3).long().clamp(max=2), coins[:, 1] * 2 - 1, coins[:, 2] * 2 - 1
+        none = torch.zeros_like(first)
+        scale = torch.where(kind == 1, 1 + self.zoom * first, 1.0)
+        angle = torch.where(kind == 2, math.radians(self.degrees) * first, none)
+        right = torch.where(kind == 0, 2 * self.pixels / width * first, none)
+        down = torch.where(kind == 0, 2 * self.pixels / height * second, none)
+        rows = torch.stack([scale * angle.cos(), -scale * angle.sin(), right], 1)
+        columns = torch.stack([scale * angle.sin(), scale * angle.cos(), down], 1)
+        grid = F.affine_grid(torch.stack([rows, columns], 1).float(), list(images.shape), align_corners=False)
+        changed = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        return (changed if images.is_floating_point() else changed.round()).to(images.dtype)
 
 
 def _window(coin: Tensor, size: int, margin: int) -> Tensor:

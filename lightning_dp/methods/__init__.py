@@ -16,11 +16,14 @@ from lightning_dp.methods.neuromix import GammaWeights as GammaWeights
 from lightning_dp.methods.neuromix import NeuroMix as NeuroMix
 from lightning_dp.methods.one_shot import ClassSums as ClassSums
 from lightning_dp.methods.one_shot import SufficientStatistics as SufficientStatistics
+from lightning_dp.methods.psg import PSG as PSG
 from lightning_dp.methods.public_head import FewShot as FewShot
 from lightning_dp.methods.public_head import PublicHead as PublicHead
 from lightning_dp.methods.public_head import ZeroHead as ZeroHead
 from lightning_dp.methods.public_head import ZeroShot as ZeroShot
 from lightning_dp.methods.release_classifier import ReleaseClassifier as ReleaseClassifier
+from lightning_dp.methods.release_training import ReleaseTraining as ReleaseTraining
 from lightning_dp.methods.sgd import SGD as SGD
 from lightning_dp.methods.subspaces import FeaturePCA as FeaturePCA
 from lightning_dp.methods.subspaces import GradientSpan as GradientSpan
+from lightning_dp.methods.tasks import Tasks as Tasks

@@ -5,7 +5,7 @@ entry of the ledger and one ``global_step``; physical chunks are a loop inside t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
@@ -19,7 +19,7 @@ from torch.func import grad
 from lightning_dp.errors import ConfigError
 from lightning_dp.methods.base import Batch, Classifier
 from lightning_dp.methods.refusals import check_loader
-from lightning_dp.privacy import Ledger, Mechanism, PrivacyConfig, clipped_sum
+from lightning_dp.privacy import Ledger, Mechanism, PrivacyConfig, Release, clipped_sum
 from lightning_dp.privacy.clipping import Tensors
 from lightning_dp.privacy.engines import OneBackward
 
@@ -59,8 +59,8 @@ class DPModule(Classifier, ABC):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One release: bound every record, sum, add noise and record it, update."""
-        images, labels = batch
         step, rank = self.trainer.global_step, self.trainer.global_rank
+        (images, labels), draws = self.takes_part(batch, step)
         coins = self.record_coins(len(labels), self.mechanism.randomness.numpy("augment", step))
         buffers = _buffer_versions(self.net)
         with self._secret_coins(step, rank):
@@ -70,7 +70,14 @@ class DPModule(Classifier, ABC):
                 "the network writes to its own buffers in the forward pass, so records see each other and the buffers "
                 "are released without noise: take out running statistics (make_private_ready does for known layers)"
             )
-        self.update(self.mechanism.release(total, step, rank, self.sum_over_ranks))
+        self.update(self.mechanism.release(total, step, rank, self.sum_over_ranks, draws))
+
+    def takes_part(self, batch: Batch, step: int) -> tuple[Batch, Sequence[Release] | None]:
+        """The records of a Poisson batch that the sum of ``step`` is about, chosen each by itself.
+
+        With them their entry in the ledger, where that is not the one of `Mechanism.release`.
+        """
+        return batch, None
 
     def clipped_sum(self, records: tuple[Tensor, ...]) -> Tensors:
         """Sum of the clipped contributions of ``records``: images, coins and labels, as `prepare` takes them."""

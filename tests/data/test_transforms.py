@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_dp.data import CropFlip, Normalize, Shift
+from lightning_dp.data import CropFlip, Normalize, OneOfAffine, Shift
 from lightning_dp.errors import ConfigError
 
 IMAGES = torch.randint(0, 256, (40, 3, 8, 10), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-AUGMENTATIONS = [CropFlip(padding=3), CropFlip(padding=2, flip=False), Shift(pixels=2)]
+AUGMENTATIONS = [CropFlip(padding=3), CropFlip(padding=2, flip=False), Shift(pixels=2), OneOfAffine()]
 
 
 def coins(augmentation, num=40):
@@ -81,7 +81,7 @@ def test_all_offsets_are_equally_likely_and_none_is_beyond_the_margin(augmentati
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 def test_coin_that_rounds_up_to_one_stays_inside(augmentation):
     out = augmentation(IMAGES[:1], torch.ones(1, augmentation.num_coins))
-    below = augmentation(IMAGES[:1], torch.full((1, augmentation.num_coins), 0.999))
+    below = augmentation(IMAGES[:1], torch.full((1, augmentation.num_coins), 0.9999999))
     assert torch.equal(out, below)
 
 
@@ -99,3 +99,31 @@ def test_works_record_by_record_under_vmap():
     drawn = coins(augmentation)
     alone = torch.func.vmap(lambda image, coin: augmentation(image[None], coin[None])[0])(IMAGES.float(), drawn)
     assert torch.equal(alone, augmentation(IMAGES.float(), drawn))
+
+
+def test_one_of_affine_shifts_zooms_or_turns_by_its_coins():
+    image = torch.zeros(1, 1, 9, 9)
+    image[0, 0, 4, 6] = 1.0  # two pixels right of the centre
+    change = OneOfAffine(pixels=2, zoom=0.5, degrees=90)
+
+    def place(*coins):
+        return divmod(int(change(image, torch.tensor([coins])).argmax()), 9)
+
+    assert place(0.1, 0.5, 0.5) == (4, 6)  # a shift by nothing
+    assert place(0.1, 1.0, 0.5) == (4, 4)
+    assert place(0.1, 0.5, 0.0) == (6, 6)
+    assert place(0.5, 0.0, 0.9) == (4, 8)  # twice as large
+    assert place(0.9, 1.0, 0.9) in {(2, 4), (6, 4)}  # a quarter turn
+    pixels = (image * 255).to(torch.uint8)
+    assert change(pixels, torch.tensor([[0.1, 1.0, 0.5]])).dtype == torch.uint8
+
+
+def test_one_of_affine_treats_each_image_by_itself_and_can_be_differentiated():
+    torch.manual_seed(0)
+    images, coins = torch.randn(5, 2, 8, 8, requires_grad=True), torch.rand(5, 3)
+    change = OneOfAffine()
+    together = change(images, coins)
+    for i in range(5):
+        torch.testing.assert_close(together[i], change(images[i : i + 1], coins[i : i + 1])[0])
+    together.sum().backward()
+    assert images.grad.abs().sum() > 0

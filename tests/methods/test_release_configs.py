@@ -21,13 +21,17 @@ def test_every_release_method_fits_and_leaves_its_metrics(tmp_path, monkeypatch,
     given = ["--privacy.noise_multiplier=8", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     if method.stem.startswith("neuromix"):
         given += ["--privacy.steps=20", "--model.init_args.degree=9"]
+    elif method.stem == "psg":
+        given += ["--privacy.steps=4", "--privacy.expected_batch_size=60", "--model.init_args.updates_per_release=1"]
+        given += [f"--model.init_args.net.init_args.{name}" for name in ("image_size=8", "width=8", "depth=1")]
+        given += ["--model.init_args.training.epochs=2"]
     else:
         given += ["--privacy.expected_batch_size=1240"]
     main(["fit", *(word for path in paths for word in ("-c", str(path))), *given])
     run = tmp_path / "runs" / "version_0"
     assert (run / "metrics.json").is_file()
     assert (run / "privacy_card.json").is_file()
-    assert (run / "release" / "release.safetensors").is_file() == method.stem.startswith("neuromix")
+    assert (run / "release" / "release.safetensors").is_file() == method.stem.startswith(("neuromix", "psg"))
 
 
 def test_the_comparison_names_files_that_exist():
