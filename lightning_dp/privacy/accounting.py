@@ -127,6 +127,28 @@ def epsilon(
     return max(account(seen, delta, adjacency) for seen in _by_record(merged, adjacency))
 
 
+def delta_curve(
+    releases: Iterable[Release], epsilons: Sequence[float], adjacency: Adjacency = "add_remove"
+) -> list[float]:
+    """Smallest certified delta (PLD) at each of ``epsilons`` >= 0, for a record of any group: the whole guarantee.
+
+    Far out, below about 1e-9, it is float64 noise, and never below it.
+
+    Example:
+        >>> [round(delta, 4) for delta in delta_curve([Release(1.0, 1.0)], [0.0, 1.0])]
+        [0.3829, 0.1269]
+    """
+    merged = merge(releases)
+    if not merged:
+        return [0.0] * len(epsilons)
+    if any(release.noise_multiplier == 0 for release in merged):
+        return [1.0] * len(epsilons)
+    curves = [
+        _composed(seen, adjacency, 1e-4).get_delta_for_epsilon(list(epsilons)) for seen in _by_record(merged, adjacency)
+    ]
+    return [float(max(deltas)) for deltas in zip(*curves, strict=True)]
+
+
 def second_opinion(
     releases: Iterable[Release], delta: float, adjacency: Adjacency, accountant: Accountant
 ) -> tuple[float, str]:
@@ -234,8 +256,11 @@ def _pld(releases: tuple[Release, ...], delta: float, adjacency: Adjacency) -> f
 
 
 def _pld_at(releases: tuple[Release, ...], delta: float, adjacency: Adjacency, interval: float) -> float:
-    composed = functools.reduce(_PLD.compose, [_composed_pld(release, adjacency, interval) for release in releases])
-    return float(composed.get_epsilon_for_delta(delta))
+    return float(_composed(releases, adjacency, interval).get_epsilon_for_delta(delta))
+
+
+def _composed(releases: tuple[Release, ...], adjacency: Adjacency, interval: float) -> _PLD:
+    return functools.reduce(_PLD.compose, [_composed_pld(release, adjacency, interval) for release in releases])
 
 
 def _composed_pld(release: Release, adjacency: Adjacency, interval: float) -> _PLD:
