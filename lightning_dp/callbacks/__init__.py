@@ -2,6 +2,8 @@
 
 from lightning_dp.callbacks.budget import PrivacyBudget as PrivacyBudget
 from lightning_dp.callbacks.card import PrivacyCard as PrivacyCard
+from lightning_dp.callbacks.collapse import NeuralCollapse as NeuralCollapse
+from lightning_dp.callbacks.conformance import Conformance as Conformance
 from lightning_dp.callbacks.ema import WeightEMA as WeightEMA
 from lightning_dp.callbacks.metrics import MetricsFile as MetricsFile
 from lightning_dp.callbacks.pictures import Pictures as Pictures

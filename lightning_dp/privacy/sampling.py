@@ -51,6 +51,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.first_step = first_step
         self.rank = rank
         self.world_size = world_size
+        # Called with the indices of every whole batch that is handed out. It is told, and changes nothing.
+        self.observer: Callable[[np.ndarray], None] | None = None
 
     def draw(self, step: int) -> np.ndarray:
         """Indices of the whole logical batch of ``step``, ascending, over all ranks."""
@@ -59,7 +61,10 @@ class PoissonBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         first = self.first_step()
         for step in range(first, first + self.steps_per_epoch):
-            yield self.draw(step)[self.rank :: self.world_size].tolist()
+            drawn = self.draw(step)
+            if self.observer is not None:
+                self.observer(drawn)
+            yield drawn[self.rank :: self.world_size].tolist()
 
     def __len__(self) -> int:
         return self.steps_per_epoch
