@@ -19,6 +19,7 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lightning_dp import callbacks, data, methods, models
+from lightning_dp.callbacks import CanaryAudit
 from lightning_dp.compare import compare
 from lightning_dp.data import DPDataModule, ReleaseDataModule
 from lightning_dp.downstream import downstream
@@ -92,18 +93,14 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``lightning-dp`` and ``python -m lightning_dp``."""
     arguments = list(sys.argv[1:] if args is None else args)
     try:
-        if arguments and arguments[0] in _VERBS:
+        if arguments and arguments[0] == "audit":
+            _audit(arguments[1:])
+        elif arguments and arguments[0] in _VERBS:
             verb = arguments[0]
             prog = f"lightning-dp {verb}"
             given = ["--config" if word == "-c" else word for word in arguments[1:]]
             auto_cli(_VERBS[verb], args=given, prog=prog, as_positional=False, exit_on_error=False)
         else:
-            # Misleading here: the weights after a step are the ones to keep, and batches are addressed by step, so
-            # they resume in mid-epoch; no validation role is a choice. The last is about code of Lightning's own.
-            warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
-            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
             _lightning(None if args is None else arguments)
     except Exception as error:
         # jsonargparse wraps what a constructor raises in long reports of every type it tried.
@@ -118,8 +115,8 @@ def explain(message: str) -> str:
     """A parser's report in one line; for an unknown class or argument, the setting and the nearest known names.
 
     Example:
-        >>> explain('Parser key "model": Expected a dot import path string: DPSDG')
-        '--model: there is no class DPSDG; nearest: DPSGD, SGD, USPS'
+        >>> explain('Parser key "model": Expected a dot import path string: DPSDG')  # doctest: +ELLIPSIS
+        '--model: there is no class DPSDG; nearest: DPSGD, ...'
         >>> explain("Problem with given class_path 'lightning_dp.data.DPDataModule': Option 'audits' is not accepted")
         'DPDataModule takes no audits; nearest: audit, splits, augment'
     """
@@ -177,16 +174,32 @@ def _config_error(error: BaseException | None) -> ConfigError | None:
     return error
 
 
-def _lightning(arguments: list[str] | None) -> None:
+def _audit(arguments: list[str]) -> None:
+    """A ``fit`` with canaries, whose exit status is 1 if its claim was refuted."""
+    trainer: Trainer = _lightning(["fit", *arguments]).trainer
+    found = [callback.result for callback in trainer.callbacks if isinstance(callback, CanaryAudit)]  # type: ignore[attr-defined]
+    if not found or found[0] is None:
+        raise ConfigError("nothing was audited: add -c configs/audit/mislabelled.yaml, or another file of that folder")
+    if found[0]["verdict"] == "FAIL":
+        sys.exit(1)
+
+
+def _lightning(arguments: list[str] | None) -> DPCLI:
+    # Misleading here: the weights after a step are the ones to keep, and batches are addressed by step, so they resume
+    # in mid-epoch; no validation role is a choice. The last is about code of Lightning's own.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     settings: dict[str, Any] = {
         "description": "Train image classifiers under differential privacy. More verbs: `lightning-dp plan` prints "
         "noise, epsilon and steps before anything is trained; `lightning-dp generate` fills a synthetic pool; "
         "`lightning-dp compare` runs a set of configurations; `lightning-dp downstream` trains "
-        "other networks on a release.",
+        "other networks on a release; `lightning-dp audit` is a fit with canaries that fails if its claim is refuted.",
         "exit_on_error": False,
     }
     per_verb = {verb: {"exit_on_error": False} for verb in DPCLI.subcommands()}
-    DPCLI(
+    return DPCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,

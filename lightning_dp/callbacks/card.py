@@ -11,6 +11,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
+from lightning_dp.callbacks.audit import CanaryAudit
 from lightning_dp.data import DPDataModule
 from lightning_dp.methods import DPModule
 from lightning_dp.privacy import Release
@@ -96,6 +97,7 @@ def make_card(trainer: Trainer, module: DPModule) -> dict[str, Any]:
         "rng": "; then ".join(mechanism.rng_history),
         "claims": module.claims(),
         "outside_the_guarantee": [*module.private_diagnostics(), *_outside(private_validation)],
+        "evidence": _evidence(trainer),
         "metrics": _metrics(trainer),
         "data": data,
         "precision": trainer.precision,
@@ -151,6 +153,12 @@ def _outside(private_validation: bool) -> list[str]:
     ]
     looked = "validation metrics were computed from private records without noise and are in the logs"
     return [looked, *always] if private_validation else always
+
+
+def _evidence(trainer: Trainer) -> dict[str, Any]:
+    """What callbacks found that may be published: canaries are nobody's records."""
+    audits = [callback.result for callback in trainer.callbacks if isinstance(callback, CanaryAudit)]  # type: ignore[attr-defined]
+    return {"audit": audits[0] if audits else None}
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:

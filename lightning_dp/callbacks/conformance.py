@@ -44,6 +44,7 @@ class Conformance(Callback):
         self.steps = steps
         self.records = records
         self._found: str | None = None
+        self._listening = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch."""
@@ -57,8 +58,9 @@ class Conformance(Callback):
         sampler = loader.batch_sampler
         assert isinstance(sampler, PoissonBatchSampler)
         self._draws, self._sampler = DrawStatistics(sampler.num_records, sampler.sample_rate), sampler
-        sampler.observer = self._drawn
-        pl_module.mechanism.observer = self._noised
+        sampler.observers.append(self._drawn)
+        pl_module.mechanism.observers.append(self._noised)
+        self._listening = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Clip some records of the batch alone."""
@@ -91,14 +93,17 @@ class Conformance(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop watching."""
-        if isinstance(pl_module, DPModule) and pl_module.was_trained:
-            pl_module.mechanism.observer = None
+        if isinstance(pl_module, DPModule):
+            self._let_go()
 
     def _watching(self, trainer: Trainer) -> bool:
         return self.steps is None or trainer.global_step - self._first < self.steps
 
     def _let_go(self) -> None:
-        self._module.mechanism.observer = self._sampler.observer = None
+        if self._listening:
+            self._module.mechanism.observers.remove(self._noised)
+            self._sampler.observers.remove(self._drawn)
+            self._listening = False
 
     def _note(self, found: str | None) -> None:
         self._found = self._found or found

@@ -1,5 +1,6 @@
 """Data roles of a private run: sources, splits, augmentations and the data module."""
 
+from lightning_dp.data.canaries import CanaryDataModule as CanaryDataModule
 from lightning_dp.data.datamodule import DPDataModule as DPDataModule
 from lightning_dp.data.folders import SUN397 as SUN397
 from lightning_dp.data.folders import Caltech256 as Caltech256

@@ -1,5 +1,6 @@
 """Networks of (n, channels, height, width) -> (n, classes), every one a function of each record by itself."""
 
+from .canary import DiracCanaries as DiracCanaries
 from .check import validate as validate
 from .cnn import CIFARTanhCNN as CIFARTanhCNN
 from .cnn import MNISTTanhCNN as MNISTTanhCNN

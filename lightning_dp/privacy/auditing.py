@@ -7,6 +7,7 @@ the mechanism that was run, at a confidence; none of them shows that a mechanism
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import stats
@@ -288,6 +289,91 @@ def joint_beta_epsilon(
     if inside(0.0) >= p:
         return 0.0
     return float(brentq(lambda epsilon: inside(epsilon) - p, 0.0, _LARGEST_EPSILON, xtol=1e-4))
+
+
+def gaussian_mu(misses: int, members: int, alarms: int, non_members: int, p: float = 0.05) -> float:
+    """Lower bound on mu of a Gaussian mechanism from many trials at one threshold, by Clopper-Pearson; 0 if none.
+
+    For a mechanism that is known to be Gaussian: mu is its sensitivity over its noise.
+
+    Args:
+        misses: members that were called non-members.
+        members: trials with the record.
+        alarms: non-members that were called members.
+        non_members: trials without.
+        p: level, split between the two rates.
+    """
+    fnr, fpr = clopper_pearson(misses, members, p)[1], clopper_pearson(alarms, non_members, p)[1]
+    return max(0.0, float(ndtri(1 - fpr) - ndtri(fnr)))
+
+
+Verdict = Literal["PASS", "FAIL", "UNDERPOWERED"]
+
+
+@dataclass(frozen=True)
+class OneRunAudit:
+    """What the guesses on canaries of one run say of a claim.
+
+    Args:
+        verdict: FAIL: the claim is refuted at level ``p``. UNDERPOWERED: not even right guesses alone would refute
+            it. PASS: they would have, and the guesses made did not; this is no proof of privacy.
+        p_value: of the claimed curve, `curve_p_value`.
+        best_p_value: the same if every guess were right.
+        epsilon_lower: refuted by `one_run_epsilon` at level ``p``.
+        epsilon_lower_gaussian: by `gaussian_epsilon`; holds for Gaussian mechanisms.
+        cap: `one_run_epsilon` if every guess were right.
+        canaries, guesses, right: how many.
+        p: level.
+    """
+
+    verdict: Verdict
+    p_value: float
+    best_p_value: float
+    epsilon_lower: float
+    epsilon_lower_gaussian: float
+    cap: float
+    canaries: int
+    guesses: int
+    right: int
+    p: float
+
+
+def judge(scores: np.ndarray, inside: np.ndarray, guesses: int, claim: TradeOff, delta: float, p: float) -> OneRunAudit:
+    """Guess "in" for the highest scores and "out" for the lowest, and hold the result against a claim.
+
+    The number of guesses must be fixed before the scores are seen: the best of several is not valid.
+
+    Args:
+        scores: of all canaries, (n,).
+        inside: the coins, boolean (n,).
+        guesses: how many; half of them "in".
+        claim: curve to be tested.
+        delta: for the lower bounds.
+        p: level.
+
+    Raises:
+        ValueError: fewer canaries than guesses, or a score is not a number.
+    """
+    n, top = len(scores), guesses // 2
+    if not 2 <= guesses <= n or np.isnan(scores).any():
+        raise ValueError(f"{guesses} guesses need as many canaries, with scores that are numbers; there are {n}")
+    order = np.argsort(scores, kind="stable")
+    out, into = order[: guesses - top], order[n - top :]
+    right = int((~inside[out]).sum() + inside[into].sum())
+    p_value, best = curve_p_value(claim, n, guesses, right), curve_p_value(claim, n, guesses, guesses)
+    verdict: Verdict = "FAIL" if p_value < p else "PASS" if best < p else "UNDERPOWERED"
+    return OneRunAudit(
+        verdict,
+        p_value,
+        best,
+        one_run_epsilon(n, guesses, right, delta, p),
+        gaussian_epsilon(n, guesses, right, delta, p),
+        one_run_epsilon(n, guesses, guesses, delta, p),
+        n,
+        guesses,
+        right,
+        p,
+    )
 
 
 def _largest(holds: Callable[[float], bool], most: float) -> float:

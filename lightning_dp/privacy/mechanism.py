@@ -161,8 +161,8 @@ class Mechanism:
             self._check_plan(plan)
         self._planned = config.steps if previous is None else int(previous["config"]["steps"])
         self._release = Release(self.noise_multiplier, config.sample_rate)
-        # Called with the sum, the sum with noise, the entries and the rank. It is told, and changes nothing.
-        self.observer: Callable[[Tensor, Tensor, Sequence[Release], int], None] | None = None
+        # Called with the sum, the sum with noise, the entries and the rank. They are told, and change nothing.
+        self.observers: list[Callable[[Tensor, Tensor, Sequence[Release], int], None]] = []
         self._last_step = -1
         self.rng_history: list[str] = [] if previous is None else list(previous["rng_history"])
         self.renew_randomness()
@@ -214,8 +214,8 @@ class Mechanism:
         alone = flat
         if rank == 0:
             flat = flat + self._noise(flat, step)
-        if self.observer is not None:
-            self.observer(alone, flat, entries, rank)
+        for observer in self.observers:
+            observer(alone, flat, entries, rank)
         if reduce is not None:
             flat = reduce(flat)
         return unflatten(flat / self.config.expected_batch_size, total)

@@ -24,6 +24,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
             run goes on where it stopped and read-ahead is never counted).
         rank: index of this process.
         world_size: number of processes.
+        absent: places of ``num_records`` that are drawn like all others and then left out, ascending, as if the record
+            had not been there; for audits.
 
     Example:
         >>> import numpy as np
@@ -41,6 +43,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         first_step: Callable[[], int],
         rank: int = 0,
         world_size: int = 1,
+        absent: np.ndarray | None = None,
     ) -> None:
         if not 0 < sample_rate <= 1:
             raise ValueError(f"sample_rate must lie in (0, 1], got {sample_rate}")
@@ -51,8 +54,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.first_step = first_step
         self.rank = rank
         self.world_size = world_size
-        # Called with the indices of every whole batch that is handed out. It is told, and changes nothing.
-        self.observer: Callable[[np.ndarray], None] | None = None
+        self.absent = np.empty(0, np.int64) if absent is None else absent
+        # Called with every whole draw, absent places among them. They are told, and change nothing.
+        self.observers: list[Callable[[np.ndarray], None]] = []
 
     def draw(self, step: int) -> np.ndarray:
         """Indices of the whole logical batch of ``step``, ascending, over all ranks."""
@@ -62,9 +66,10 @@ class PoissonBatchSampler(Sampler[list[int]]):
         first = self.first_step()
         for step in range(first, first + self.steps_per_epoch):
             drawn = self.draw(step)
-            if self.observer is not None:
-                self.observer(drawn)
-            yield drawn[self.rank :: self.world_size].tolist()
+            for observer in self.observers:
+                observer(drawn)
+            there = np.setdiff1d(drawn, self.absent, assume_unique=True) if len(self.absent) else drawn
+            yield there[self.rank :: self.world_size].tolist()
 
     def __len__(self) -> int:
         return self.steps_per_epoch

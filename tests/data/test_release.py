@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from lightning_dp.cli import main
 from lightning_dp.data import Digits, Published, ReleaseDataModule, load_release
 from lightning_dp.errors import ConfigError
-from lightning_dp.methods import NearestMean, NeuroMix, ReleaseClassifier
-from lightning_dp.models import LinearHead
+from lightning_dp.methods import PSG, NearestMean, NeuroMix, ReleaseClassifier
+from lightning_dp.models import ConvNet, LinearHead
 from lightning_dp.privacy import PrivacyConfig
 from tests.methods.runs import make_data, make_trainer
 
@@ -86,11 +86,31 @@ def test_another_encoder_than_the_releases_is_refused(tmp_path):
     ReleaseDataModule(tmp_path).setup()  # without test images no encoder is needed
 
 
-def test_training_on_a_release_opens_no_private_file(tmp_path, monkeypatch):
-    """A private run, then a second fit in which the private side of the source cannot be read."""
+def mixtures():
     privacy = PrivacyConfig(num_examples=1240, expected_batch_size=1, steps=600, delta=1e-5, epsilon=20.0, max_norm=1.0)
-    module = NeuroMix(LinearHead(1, 8, 10, max_length=1.0), NearestMean(), open_classes=1, privacy=privacy)
-    make_trainer(tmp_path, max_steps=600).fit(module, datamodule=make_data(privacy))
+    return NeuroMix(LinearHead(1, 8, 10, max_length=1.0), NearestMean(), open_classes=1, privacy=privacy)
+
+
+def synthetic_images():
+    privacy = PrivacyConfig(
+        num_examples=1240, expected_batch_size=400, steps=40, delta=1e-5, epsilon=20.0, max_norm=0.1
+    )
+    settings = {"images_per_class": 1, "matched": ["head."], "releases_per_point": 1, "updates_per_release": 10}
+    return PSG(
+        ConvNet(1, 8, 10, width=16, depth=1),
+        partial(torch.optim.SGD, lr=3.0, momentum=0.5),
+        **settings,
+        privacy=privacy,
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "batch", "least"), [(mixtures, (64, 1), 50, 0.8), (synthetic_images, (1, 8), 5, 0.5)]
+)
+def test_training_on_a_release_opens_no_private_file(tmp_path, monkeypatch, make, size, batch, least):
+    """A private run, then a second fit in which the private side of the source cannot be read."""
+    module = make()
+    make_trainer(tmp_path, max_steps=module.privacy.steps).fit(module, datamodule=make_data(module.privacy))
     load, opened, original = Digits.load, [], builtins.open
 
     def test_side_only(self, root, train, download):
@@ -103,13 +123,11 @@ def test_training_on_a_release_opens_no_private_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Digits, "load", test_side_only)
     monkeypatch.setattr(builtins, "open", watched)
-    data = ReleaseDataModule(tmp_path / "release", Digits(), batch_size=50)
-    model = ReleaseClassifier(
-        torch.nn.Sequential(torch.nn.Flatten(), LinearHead(64, 1, 10)), partial(torch.optim.Adam, lr=0.05)
-    )
+    data = ReleaseDataModule(tmp_path / "release", Digits(), batch_size=batch)
+    model = ReleaseClassifier(LinearHead(*size, 10), partial(torch.optim.Adam, lr=0.05))
     trainer = make_trainer(tmp_path / "second", max_steps=-1, max_epochs=15)
     trainer.fit(model, datamodule=data)
-    assert trainer.test(model, datamodule=data, verbose=False)[0]["test/accuracy"] > 0.8
+    assert trainer.test(model, datamodule=data, verbose=False)[0]["test/accuracy"] > least
     assert not [name for name in opened if name.endswith(("splits.json", "ledger.jsonl")) or ".cache/features" in name]
 
 
@@ -119,12 +137,20 @@ def test_a_classifier_on_releases_takes_nothing_else(tmp_path):
         make_trainer(tmp_path).fit(model, datamodule=make_data())
 
 
-def test_the_second_fit_by_command_line(tmp_path, monkeypatch):
-    published().save(tmp_path / "release")
+@pytest.mark.parametrize("config", ["linear.yaml", "convnet.yaml"])
+def test_the_second_fit_by_command_line(tmp_path, monkeypatch, config):
+    net = "--model.init_args.net.init_args"
+    if config == "linear.yaml":
+        published().save(tmp_path / "release")
+        sizes = [f"{net}.in_channels=64"]
+    else:
+        images = published(kind="images")
+        Published(images.inputs.view(-1, 1, 8, 8), images.targets, images.about).save(tmp_path / "release")
+        sizes = [f"{net}.image_size=8", f"{net}.width=8"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["lightning-dp"])
-    config = Path(__file__).parents[2] / "configs" / "release" / "linear.yaml"
+    path = Path(__file__).parents[2] / "configs" / "release" / config
     given = ["--data.init_args.path=release", "--data.init_args.source=Digits", "--data.init_args.batch_size=8"]
-    given += ["--model.init_args.net.init_args.in_channels=64", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
-    main(["fit", "-c", str(config), *given, "--trainer.enable_progress_bar=false"])
+    given += [*sizes, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    main(["fit", "-c", str(path), *given, "--trainer.enable_progress_bar=false"])
     assert "test/accuracy" in json.loads((tmp_path / "runs" / "version_0" / "metrics.json").read_text())
