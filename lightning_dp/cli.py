@@ -19,6 +19,7 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lightning_dp import callbacks, data, methods, models
+from lightning_dp.attack import attack
 from lightning_dp.callbacks import CanaryAudit
 from lightning_dp.compare import compare
 from lightning_dp.data import DPDataModule, ReleaseDataModule
@@ -34,6 +35,7 @@ _NAMED = (methods, data, models, callbacks, pytorch_lightning.callbacks, torch.o
 
 _VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
+    "attack": attack,
     "generate": generate,
     "compare": compare,
     "downstream": downstream,
@@ -195,7 +197,8 @@ def _lightning(arguments: list[str] | None) -> DPCLI:
         "description": "Train image classifiers under differential privacy. More verbs: `lightning-dp plan` prints "
         "noise, epsilon and steps before anything is trained; `lightning-dp generate` fills a synthetic pool; "
         "`lightning-dp compare` runs a set of configurations; `lightning-dp downstream` trains "
-        "other networks on a release; `lightning-dp audit` is a fit with canaries that fails if its claim is refuted.",
+        "other networks on a release; `lightning-dp attack` asks who was a member; `lightning-dp audit` is a fit with "
+        "canaries that fails if its claim is refuted.",
         "exit_on_error": False,
     }
     per_verb = {verb: {"exit_on_error": False} for verb in DPCLI.subcommands()}

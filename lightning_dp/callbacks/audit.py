@@ -116,7 +116,8 @@ class CanaryAudit(Callback):
             raise ConfigError("CanaryAudit needs canaries: set data to CanaryDataModule (configs/audit)")
         if self.claimed_epsilon is None and not _has_claim(pl_module):
             raise ConfigError("there is no guarantee to audit: set CanaryAudit.claimed_epsilon, or add noise")
-        self.result, self._data = None, data
+        self.result = None
+        self._data: CanaryDataModule = data
         if not self._before:
             self._before = self._log_odds(pl_module).tolist()
             self._sums = [0.0] * data.num_canaries
@@ -191,7 +192,7 @@ class CanaryAudit(Callback):
             found.append((own - logits.logsumexp(1)).cpu())
         for part, training in modes.items():
             part.training = training
-        return torch.cat(found).numpy()
+        return np.asarray(torch.cat(found).numpy())
 
     def _inputs(self, module: Classifier, rows: slice) -> tuple[Tensor, Tensor]:
         canaries = self._data.canaries
@@ -234,7 +235,7 @@ class CanaryAudit(Callback):
         first = self._sampler.num_records - self._data.num_canaries
         taken = np.zeros(self._data.num_canaries, dtype=bool)
         taken[drawn[drawn >= first] - first] = True
-        return taken & self._data.inside
+        return np.asarray(taken & self._data.inside)
 
     def _along(self, total: dict[str, Tensor]) -> np.ndarray:
         """Inner product of a sum with the gradient of each canary's loss, by one forward-mode pass."""
@@ -248,8 +249,7 @@ class CanaryAudit(Callback):
                 return F.cross_entropy(functional_call(module.net, at, (images,)), labels, reduction="none")
 
             found.append(jvp(losses, (weights,), (total,))[1].double().cpu())
-        products: np.ndarray = torch.cat(found).detach().numpy()
-        return products
+        return np.asarray(torch.cat(found).detach().numpy())
 
 
 def _has_claim(module: Classifier) -> bool:

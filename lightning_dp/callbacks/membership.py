@@ -43,7 +43,7 @@ class MembershipInference(Callback):
     Weights are bit for bit those of a run without it.
 
     Args:
-        records: members and non-members, at most; as many of each.
+        records: members, and non-members, at most.
         every_n_steps: steps between two attacks besides the one at the end; None for none.
         fprs: false positive rates at which the true positive rate is given, where 10 or more false alarms make it up.
 
@@ -77,14 +77,14 @@ class MembershipInference(Callback):
         if not data.roles()["audit"]:
             raise ConfigError("MembershipInference needs records that were never trained on: set data.audit")
         members, others = data.role("private"), data.role("audit")
-        size = min(self.records, len(members.labels), len(others.labels))
         choice = np.random.default_rng(0)
         self._members, self._others = (
-            _some(records, choice.permutation(len(records.labels))[:size]) for records in (members, others)
+            _some(records, choice.permutation(len(records))[: self.records]) for records in (members, others)
         )
         if isinstance(pl_module, DPModule):
             pl_module.disclose(
-                f"membership inference on {size} private records is in the folder {_FOLDER} (MembershipInference)"
+                f"membership inference on {len(self._members)} private records is in the folder {_FOLDER} "
+                "(MembershipInference)"
             )
         self._blind = None
         self._over_epsilon = []

@@ -34,7 +34,7 @@ def test_figures_intervals_control_and_caps_are_written_apart(tmp_path):
     callbacks = [MembershipInference(every_n_steps=4, **WATCH), PrivacyCard()]
     module = fit(tmp_path, data=make_data(audit=100), callbacks=callbacks, logger=logger)
     found = report(tmp_path / "v")
-    assert found["members"] == found["non_members"] == 100
+    assert (found["members"], found["non_members"]) == (200, 100)
     assert "accountant pld" in found["guarantee"]
     arrays = np.load(tmp_path / "v" / "private" / "membership.npz")
     for name in ("loss", "margin", "entropy", "modified_entropy"):
@@ -52,7 +52,7 @@ def test_figures_intervals_control_and_caps_are_written_apart(tmp_path):
     assert not [name for name in module.trainer.callback_metrics if "mia" in name]
     assert not (tmp_path / "v" / "metrics.csv").exists()
     card = json.loads((tmp_path / "v" / "privacy_card.json").read_text())
-    assert any("membership inference on 100 private records" in line for line in card["outside_the_guarantee"])
+    assert any("membership inference on 200 private records" in line for line in card["outside_the_guarantee"])
 
 
 def test_the_run_is_as_it_was(tmp_path):
@@ -110,4 +110,4 @@ trainer = make_trainer(Path(sys.argv[1]), strategy="ddp", devices=2, callbacks=[
 trainer.fit(make_module(), datamodule=make_data())
 """,
     )
-    assert report(tmp_path)["members"] == 100
+    assert report(tmp_path)["non_members"] == 100
