@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from jsonargparse import ArgumentParser
 from scipy.special import expit
 from torch import nn

@@ -66,7 +66,7 @@ def test_references_beat_a_global_threshold_and_one_who_knows_nothing_is_not_hel
         rmia(likely, general, inside, others, True),
         rmia(likely, general, inside, others, False),
     ):
-        assert auc(found) > 0.64
+        assert auc(found) > auc(target[0]) + 0.03
     nothing = lira(references[0], references[1:], inside[1:], True)
     assert abs(auc(nothing) - 0.5) < 0.12
 
