@@ -19,19 +19,18 @@ from jsonargparse import ArgumentParser
 from scipy.special import expit
 from torch import nn
 
+from lightning_dp.callbacks.meaning import cap_of
 from lightning_dp.data import Augmentation, DPDataModule, Records
 from lightning_dp.errors import ConfigError
 from lightning_dp.methods import DPSGD, SGD, Classifier
 from lightning_dp.models import LinearHead
 from lightning_dp.privacy import Release, attacks
-from lightning_dp.privacy.accounting import delta_curve
 from lightning_dp.privacy.auditing import TradeOff, roc
 from lightning_dp.references import Game, deal, fits, many_heads
 
 _CHUNK = 1000
 _FPRS = (0.1, 0.01, 0.001)
 _FEW = 4
-_CURVE = [0.0, *np.geomspace(1e-3, 100.0, 150).tolist()]
 
 
 def attack(
@@ -134,7 +133,7 @@ def _cap(run: Path) -> TradeOff | None:
     if found["epsilon"] is None:
         return None
     releases = [Release(*row) for row in found["releases"]]
-    return TradeOff.of_curve(_CURVE, delta_curve(releases, _CURVE, found["adjacency"]))
+    return cap_of(releases, found["adjacency"])
 
 
 def _scores(target: np.ndarray, others: np.ndarray, game: Game) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """The privacy card: what a run released and what that guarantees, as JSON for programs and Markdown for people."""
 
+import dataclasses
 import json
 import math
 import os
@@ -8,14 +9,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 
+from lightning_dp.callbacks import page
 from lightning_dp.callbacks.audit import CanaryAudit
+from lightning_dp.callbacks.audit import sentence as audit_sentence
+from lightning_dp.callbacks.conformance import Conformance
+from lightning_dp.callbacks.meaning import cap_of, meaning
 from lightning_dp.data import DPDataModule
 from lightning_dp.methods import DPModule
-from lightning_dp.privacy import Release
+from lightning_dp.privacy import Mechanism, Release, epsilon
 
+_SECTIONS = ("releases", "meaning", "evidence", "metrics", "data", "versions")
 _SENTENCES = {
     "add_remove": "adding or removing one {unit}",
     "replace_one": "replacing one {unit} by another",
@@ -23,7 +30,7 @@ _SENTENCES = {
 
 
 class PrivacyCard(Callback):
-    """Writes ``privacy_card.json`` and ``privacy_card.md`` into the log directory.
+    """Writes ``privacy_card.json``, ``privacy_card.md`` and ``privacy_card.html`` into the log directory.
 
     Written at the end of every fit, also of an interrupted or failed one, and again after a test in the same process,
     with its metrics. Everything on it is public: configuration, the ledger, and metrics of public or test data.
@@ -56,7 +63,11 @@ class PrivacyCard(Callback):
             return
         card = make_card(trainer, pl_module)
         folder.mkdir(parents=True, exist_ok=True)
-        texts = {"privacy_card.json": json.dumps(card, indent=2) + "\n", "privacy_card.md": to_markdown(card)}
+        texts = {
+            "privacy_card.json": json.dumps(card, indent=2) + "\n",
+            "privacy_card.md": to_markdown(card),
+            "privacy_card.html": to_html(card),
+        }
         release = folder / "release"  # published data travel with a card of their own
         for place in (folder, release) if release.is_dir() else (folder,):
             for name, text in texts.items():
@@ -95,6 +106,7 @@ def make_card(trainer: Trainer, module: DPModule) -> dict[str, Any]:
         "releases": [_release(release) for release in mechanism.ledger.releases],
         "ledger": None if mechanism.ledger.path is None else mechanism.ledger.path.name,
         "rng": "; then ".join(mechanism.rng_history),
+        "meaning": _meaning(mechanism) if 0 < mechanism.epsilon() < math.inf else None,
         "claims": module.claims(),
         "outside_the_guarantee": [*module.private_diagnostics(), *_outside(private_validation)],
         "evidence": _evidence(trainer),
@@ -114,17 +126,8 @@ def make_card(trainer: Trainer, module: DPModule) -> dict[str, Any]:
 
 def to_markdown(card: dict[str, Any]) -> str:
     """The card for people: the guarantee in one sentence, then every number."""
-    unit = card["unit"]
-    if card["epsilon"] is None:
-        sentence = "**NO GUARANTEE**: no noise was added, epsilon is infinite."
-    else:
-        sentence = (
-            f"The training is **({card['epsilon']:.4g}, {card['delta']:g})-differentially private** under "
-            f"{_SENTENCES[card['adjacency']].format(unit=unit)} (accountant {card['accountant']}): whatever anyone "
-            f"concludes from the released model, they would conclude with nearly the same probability without any "
-            f"single {unit}."
-        )
-    rows = [(key, value) for key, value in card.items() if key not in ("releases", "metrics", "data", "versions")]
+    sentence = f"**{headline(card)}**" if card["epsilon"] is None else headline(card)
+    rows = [(key, value) for key, value in card.items() if key not in _SECTIONS]
     lines = ["# Privacy card", "", sentence, "", "| | |", "|---|---|"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in rows]
     lines += ["", "## Releases", "", "| noise multiplier | sample rate | count | group |", "|---|---|---|---|"]
@@ -132,10 +135,102 @@ def to_markdown(card: dict[str, Any]) -> str:
         f"| {sigma:.6g} | {rate:.6g} | {count} | {'; '.join(group)} |"
         for sigma, rate, count, *group in card["releases"]
     ]
-    for title in ("metrics", "data", "versions"):
+    if card["meaning"] is not None:
+        lines += ["", "## What it means", "", *(f"- {line}" for line in plain(card))]
+    for title in ("evidence", "metrics", "data", "versions"):
         lines += ["", f"## {title.capitalize()}", "", "| | |", "|---|---|"]
         lines += [f"| {key} | {_cell(value)} |" for key, value in card[title].items()]
     return "\n".join(lines) + "\n"
+
+
+def headline(card: dict[str, Any]) -> str:
+    """The guarantee in one sentence."""
+    unit = card["unit"]
+    if card["epsilon"] is None:
+        return "NO GUARANTEE: no noise was added, epsilon is infinite."
+    return (
+        f"The training is ({card['epsilon']:.4g}, {card['delta']:g})-differentially private under "
+        f"{_SENTENCES[card['adjacency']].format(unit=unit)} (accountant {card['accountant']}): whatever anyone "
+        f"concludes from the released model, they would conclude with nearly the same probability without any "
+        f"single {unit}."
+    )
+
+
+def plain(card: dict[str, Any]) -> list[str]:
+    """What the guarantee means, in sentences."""
+    unit, found = card["unit"], card["meaning"]
+    if found is None:
+        nothing = "there is no guarantee" if card["epsilon"] is None else "nothing was released"
+        return [f"There is nothing to be said: {nothing}."]
+    return [
+        f"Whoever tries to tell whether one {unit} was there finds at most {100 * found['tpr_at_fpr_0.01']:.1f} % of "
+        f"those that were, if 1 % of those that were not may be called members; AUC at most {found['auc']:.3f}, "
+        f"advantage (true minus false positive rate) at most {found['membership_advantage']:.3f}.",
+        f"From {found['group_size_meaningless']} records of one person on, the guarantee says nothing useful about "
+        f"that person.",
+        f"Epsilon would be {found['epsilon_without_amplification']:.4g} if it were known who was in which batch; the "
+        f"difference rests on the secrecy of the draws.",
+    ]
+
+
+def to_html(card: dict[str, Any]) -> str:
+    """The card as a web page in one file, with what the guarantee excludes as a picture."""
+    metrics = [[name, f"{value:.4g}"] for name, value in card["metrics"].items()]
+    parts = [page.lead(headline(card), warning=card["epsilon"] is None)]
+    if metrics:
+        parts.append(page.section("How good it is", page.table(metrics)))
+    parts.append(page.section("What it means", page.bullets(plain(card))))
+    if card["meaning"] is not None:
+        parts += [page.picture(figure, text) for figure, text in _figures(card)]
+    if card["claims"]:
+        parts.append(page.section("As published", page.bullets(card["claims"])))
+    parts.append(page.section("Evidence", *_evidence_parts(card["evidence"])))
+    parts.append(page.section("Not covered", page.bullets(card["outside_the_guarantee"])))
+    rows = [[key, _cell(value)] for key, value in card.items() if key not in (*_SECTIONS, "outside_the_guarantee")]
+    parts.append(page.section("All numbers", page.table(rows)))
+    releases = [[_cell(value) for value in row] for row in card["releases"]]
+    parts.append(page.section("Releases", page.table(releases, ["noise multiplier", "sample rate", "count", "group"])))
+    for title in ("data", "versions"):
+        cells = [[key, _cell(value)] for key, value in card[title].items()]
+        parts.append(page.section(title.capitalize(), page.table(cells)))
+    return page.page(f"Privacy card: {card['method']}", parts)
+
+
+def _evidence_parts(evidence: dict[str, Any]) -> list[str]:
+    watched, audit = evidence["conformance"], evidence["audit"]
+    parts = [page.paragraph(watched or "The mechanism was not watched while it ran (callback Conformance).")]
+    if audit is None:
+        return [*parts, page.paragraph("The run was not audited (lightning-dp audit).")]
+    rows = [[key, _cell(value)] for key, value in audit.items()]
+    return [*parts, page.paragraph(audit_sentence(audit)), page.table(rows)]
+
+
+def _figures(card: dict[str, Any]) -> list[tuple[Figure, str]]:
+    """Epsilon over releases, and the most that a membership attack can reach."""
+    releases = [Release(*row) for row in card["releases"]]
+    cap = cap_of(releases, card["adjacency"])
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rates = [10 ** (-4 + 4 * i / 200) for i in range(201)]
+    left.plot(rates, [cap.most_power(rate) for rate in rates], label="at most")
+    left.plot(rates, rates, color="grey", linewidth=0.8, label="guessing")
+    left.set(xscale="log", yscale="log", xlabel="false positive rate", ylabel="members found", ylim=(1e-4, 1))
+    left.legend(fontsize=8)
+    shares = [part / 8 for part in range(1, 9)]
+    spent = [_first(releases, share) for share in shares]
+    curve = [epsilon(part, card["delta"], card["adjacency"]) for part in spent]
+    right.plot([100 * share for share in shares], curve, marker="o", markersize=3)
+    right.set(xlabel="share of the releases, %", ylabel=f"epsilon at delta {card['delta']:g} (pld)", ylim=(0, None))
+    return [(figure, "Left: the most that an attack on membership can find. Right: epsilon as it was spent.")]
+
+
+def _first(releases: list[Release], share: float) -> list[Release]:
+    return [dataclasses.replace(release, count=max(1, round(share * release.count))) for release in releases]
+
+
+def _meaning(mechanism: Mechanism) -> dict[str, Any]:
+    config = mechanism.config
+    return meaning(list(mechanism.ledger.releases), mechanism.epsilon(), config.delta, config.adjacency)
 
 
 def _release(release: Release) -> list[float | str]:
@@ -147,9 +242,11 @@ def _release(release: Release) -> list[float | str]:
 def _outside(private_validation: bool) -> list[str]:
     """What the guarantee does not cover in this run."""
     always = [
-        "choice of hyper-parameters by earlier runs on the same records",
+        "choice of hyper-parameters by earlier runs on the same records (`lightning-dp ledger` adds them up)",
         "test metrics computed on records that are not part of the private role",
         "access to the machine during training (memory, un-noised sums between processes)",
+        "data that public weights or encoders were trained on",
+        "the rounding of floating-point noise, unless privacy.secure was set",
     ]
     looked = "validation metrics were computed from private records without noise and are in the logs"
     return [looked, *always] if private_validation else always
@@ -158,7 +255,8 @@ def _outside(private_validation: bool) -> list[str]:
 def _evidence(trainer: Trainer) -> dict[str, Any]:
     """What callbacks found that may be published: canaries are nobody's records."""
     audits = [callback.result for callback in trainer.callbacks if isinstance(callback, CanaryAudit)]  # type: ignore[attr-defined]
-    return {"audit": audits[0] if audits else None}
+    watches = [callback.summary for callback in trainer.callbacks if isinstance(callback, Conformance)]  # type: ignore[attr-defined]
+    return {"conformance": watches[0] if watches else None, "audit": audits[0] if audits else None}
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:

@@ -45,6 +45,8 @@ class Conformance(Callback):
         self.records = records
         self._found: str | None = None
         self._listening = False
+        self.summary: str | None = None
+        """What was looked at and found right, for the card; None before a fit."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch."""
@@ -83,6 +85,10 @@ class Conformance(Callback):
             raise ViolationError(
                 f"conformance: {self._found}. What was released up to here does not have the stated guarantee"
             )
+        self.summary = (
+            f"Noise, batches, clipping and ledger of the first {self._released} releases were watched while they were "
+            "made (Conformance) and are as accounted."
+        )
         if not self._watching(trainer):
             self._let_go()
 

@@ -15,14 +15,15 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_dp.callbacks import page
+from lightning_dp.callbacks.meaning import cap_of
 from lightning_dp.data import Records
 from lightning_dp.errors import ConfigError
 from lightning_dp.methods import Classifier, DPModule
-from lightning_dp.privacy.accounting import Adjacency, delta_curve
+from lightning_dp.privacy.accounting import Adjacency
 from lightning_dp.privacy.auditing import Rate, Roc, TradeOff, roc
 
 _FOLDER = "private"
-_CURVE = np.concatenate([[0.0], np.geomspace(1e-3, 100.0, 150)])
 _CHUNK = 500
 
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -140,6 +141,7 @@ class MembershipInference(Callback):
             figures = {"roc": _roc_figure(curves, cap), "scores": _score_figure(scores["loss"])}
             if self._over_epsilon:
                 figures["auc_over_epsilon"] = _trajectory_figure(self._over_epsilon)
+            self._page(folder, report, figures)
             for tag, figure in figures.items():
                 figure.savefig(folder / f"{tag}.png", dpi=110, bbox_inches="tight")
                 board.add_figure(f"mia/{tag}", figure, trainer.global_step)
@@ -149,6 +151,22 @@ class MembershipInference(Callback):
             + (f", blind {loss['blind_auc']:.4f}" if blind else "")
             + (f", at most {report['caps']['auc']:.4f} by the ledger" if cap is not None else "")
         )
+
+    def _page(self, folder: Path, report: dict[str, Any], figures: dict[str, Figure]) -> None:
+        """The same as a web page in one file."""
+        names = list(report["attacks"]["loss"])
+        rows = [[name, *(_cell(figures.get(key)) for key in names)] for name, figures in report["attacks"].items()]
+        if report["caps"] is not None:
+            rows.append(["at most, by the ledger", *(_cell(report["caps"].get(key)) for key in names)])
+        text = f"{report['members']} members, {report['non_members']} others; {report['guarantee'] or 'no guarantee'}."
+        parts = [
+            page.lead("Computed from private records without noise: not for release.", warning=True),
+            page.paragraph(text),
+            page.table(rows, ["attack", *names]),
+            *(page.picture(figure, tag) for tag, figure in figures.items()),
+        ]
+        whole = page.page("Membership inference", parts)
+        (folder / "membership.html").write_text(whole, encoding="utf-8")
 
     def _figures(self, found: Roc, blind: Roc | None) -> dict[str, Any]:
         rates = {f"tpr_at_fpr_{fpr:g}": _rate(found.tpr_at(fpr)) for fpr in self.fprs}
@@ -223,12 +241,18 @@ def ledger_cap(module: DPModule, adjacency: Adjacency | None = None) -> TradeOff
     if not math.isfinite(mechanism.epsilon()):
         return None
     which = mechanism.config.adjacency if adjacency is None else adjacency
-    return TradeOff.of_curve(_CURVE.tolist(), delta_curve(mechanism.ledger.releases, _CURVE.tolist(), which))
+    return cap_of(list(mechanism.ledger.releases), which)
 
 
 def _some(records: Records, rows: np.ndarray) -> Records:
     chosen = torch.from_numpy(rows)
     return Records(records.images[chosen], records.labels[chosen])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+    return f"{value:.4f}" if isinstance(value, float) else str(value or "-")
 
 
 def _rate(rate: Rate) -> dict[str, float] | str:
