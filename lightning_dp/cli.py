@@ -29,6 +29,7 @@ from lightning_dp.generate import generate
 from lightning_dp.methods import Classifier
 from lightning_dp.plan import plan
 from lightning_dp.privacy import PrivacyConfig
+from lightning_dp.spent import ledger
 
 # Imported, so configurations can use the bare names of their classes.
 _NAMED = (methods, data, models, callbacks, pytorch_lightning.callbacks, torch.optim, torch.optim.lr_scheduler)
@@ -36,6 +37,7 @@ _NAMED = (methods, data, models, callbacks, pytorch_lightning.callbacks, torch.o
 _VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "attack": attack,
+    "ledger": ledger,
     "generate": generate,
     "compare": compare,
     "downstream": downstream,
@@ -197,8 +199,9 @@ def _lightning(arguments: list[str] | None) -> DPCLI:
         "description": "Train image classifiers under differential privacy. More verbs: `lightning-dp plan` prints "
         "noise, epsilon and steps before anything is trained; `lightning-dp generate` fills a synthetic pool; "
         "`lightning-dp compare` runs a set of configurations; `lightning-dp downstream` trains "
-        "other networks on a release; `lightning-dp attack` asks who was a member; `lightning-dp audit` is a fit with "
-        "canaries that fails if its claim is refuted.",
+        "other networks on a release; `lightning-dp attack` asks who was a member; `lightning-dp ledger` adds up "
+        "all runs on the same records; `lightning-dp audit` is a fit with canaries that fails if its claim is "
+        "refuted.",
         "exit_on_error": False,
     }
     per_verb = {verb: {"exit_on_error": False} for verb in DPCLI.subcommands()}

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from lightning_dp.errors import ConfigError
-from lightning_dp.privacy.accounting import Accountant, Adjacency, Release, calibrate, epsilon
+from lightning_dp.privacy.accounting import Accountant, Adjacency, Release, calibrate, epsilon, search_epsilon
 from lightning_dp.privacy.mechanism import PrivacyConfig
 
 _ACCOUNTANTS: tuple[Accountant, ...] = ("pld", "prv")
@@ -19,6 +19,8 @@ def plan(
     epsilon: float | None = None,
     noise_multiplier: float | None = None,
     plot: Path | None = Path("runs/plan.png"),
+    search_mean: float | None = None,
+    search_shape: float = 1.0,
 ) -> None:
     """Print sigma, epsilon and steps under both adjacencies by both accountants, and plot epsilon over steps.
 
@@ -30,6 +32,9 @@ def plan(
         epsilon: target; sigma is calibrated for it.
         noise_multiplier: sigma, if it is given instead of epsilon.
         plot: where to save the plot (png, pdf or svg); null for none.
+        search_mean: expected number of runs of a search for hyper-parameters of which only the best is ever shown;
+            null for none.
+        search_shape: of the distribution of that number: 1 geometric, 0 logarithmic, inf Poisson.
 
     Raises:
         ConfigError: the numbers contradict each other.
@@ -44,6 +49,8 @@ def plan(
     sigmas = {adjacency: _sigma(config, adjacency) for adjacency in _ADJACENCIES}
     print(sigma_table(config, sigmas))
     print(step_table(config, sigmas["add_remove"]))
+    if search_mean is not None:
+        print(search_line(config, sigmas["add_remove"], search_mean, search_shape))
     if plot is not None:
         save_plot(config, sigmas, plot)
         print(f"plot of epsilon over steps: {plot}")
@@ -65,6 +72,18 @@ def step_table(config: PrivacyConfig, sigma: float) -> str:
         cells = [_epsilon(config, sigma, count, adjacency, name) for adjacency in _ADJACENCIES for name in _ACCOUNTANTS]
         lines.append(f"{count:<9} {cells[0]:<15.4f} {cells[1]:<9.4f} {cells[2]:<16.4f} {cells[3]:<9.4f}")
     return "\n".join(lines) + "\n"
+
+
+def search_line(config: PrivacyConfig, sigma: float, mean: float, shape: float) -> str:
+    """Epsilon of a declared search, and what has to hold for it."""
+    one = [Release(sigma, config.sample_rate, config.steps)]
+    alone, best = epsilon(one, config.delta, accountant="rdp"), search_epsilon(one, config.delta, mean, shape)
+    return (
+        f"search: epsilon {best:.4f} for the best of a random number of such runs, {mean:g} on average (shape "
+        f"{shape:g}), against {alone:.4f} for one (rdp, add_remove). Draw the number once, before the first run; "
+        "choose the settings of each run at random; compare them by public data or the released models; show "
+        "nothing of the others.\n"
+    )
 
 
 def save_plot(config: PrivacyConfig, sigmas: dict[Adjacency, float], path: Path) -> None:

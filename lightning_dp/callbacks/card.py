@@ -21,6 +21,7 @@ from lightning_dp.callbacks.meaning import cap_of, meaning
 from lightning_dp.data import DPDataModule
 from lightning_dp.methods import DPModule
 from lightning_dp.privacy import Mechanism, Release, epsilon
+from lightning_dp.privacy.accounting import SMALLEST_FFT_DELTA
 
 _SECTIONS = ("releases", "meaning", "evidence", "metrics", "data", "versions")
 _SENTENCES = {
@@ -103,6 +104,7 @@ def make_card(trainer: Trainer, module: DPModule) -> dict[str, Any]:
         "expected_batch_size": config.expected_batch_size,
         "num_examples": config.num_examples,
         "steps": config.steps,
+        "all_runs_on_these_records": _all_runs(module),
         "releases": [_release(release) for release in mechanism.ledger.releases],
         "ledger": None if mechanism.ledger.path is None else mechanism.ledger.path.name,
         "rng": "; then ".join(mechanism.rng_history),
@@ -231,6 +233,14 @@ def _first(releases: list[Release], share: float) -> list[Release]:
 def _meaning(mechanism: Mechanism) -> dict[str, Any]:
     config = mechanism.config
     return meaning(list(mechanism.ledger.releases), mechanism.epsilon(), config.delta, config.adjacency)
+
+
+def _all_runs(module: DPModule) -> dict[str, Any] | None:
+    """The dataset ledger's total up to this run; epsilon is null where one of them has no guarantee."""
+    found, config = module.dataset_ledger, module.mechanism.config
+    if found is None or (config.adjacency == "replace_one" and config.delta < SMALLEST_FFT_DELTA):
+        return None
+    return {"runs": len(found.runs()), "epsilon": _finite(found.epsilon(config.delta, config.adjacency))}
 
 
 def _release(release: Release) -> list[float | str]:

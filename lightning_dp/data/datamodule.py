@@ -179,6 +179,15 @@ class DPDataModule(LightningDataModule):
             "encoder": encoder_name(self.encoder),
         }
 
+    def ledger_file(self) -> Path:
+        """Where the runs on these private records are written down, whatever their split; beside the data.
+
+        The environment variable LIGHTNING_DP_LEDGER, if set, names another folder.
+        """
+        assert self._roles is not None, "setup() comes first"
+        folder = Path(os.environ.get("LIGHTNING_DP_LEDGER", self.root / ".ledger"))
+        return folder / f"{self.source.name}-{self._roles.split.training_digest[:16]}.jsonl"
+
     def state_dict(self) -> dict[str, Any]:
         """Which split the run was trained on, for its checkpoints; no figure of the private role."""
         digest = None if self._roles is None else self._roles.public_digest()

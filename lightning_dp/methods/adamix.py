@@ -204,6 +204,7 @@ class AdaMix(DPModule):
 
     def on_train_end(self) -> None:
         """Write the private diagnostic, if it was asked for."""
+        super().on_train_end()
         if self.losses is not None:
             folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "private"
             self.losses.save(folder, self.mechanism.noise_multiplier, self.mechanism.config.delta)

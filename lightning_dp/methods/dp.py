@@ -4,6 +4,7 @@
 entry of the ledger and one ``global_step``; physical chunks are a loop inside the step.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from lightning_dp.methods.base import Batch, Classifier
 from lightning_dp.methods.refusals import check_loader
 from lightning_dp.privacy import Ledger, Mechanism, PrivacyConfig, Release, clipped_sum
 from lightning_dp.privacy.clipping import Tensors
+from lightning_dp.privacy.dataset_ledger import DatasetLedger
 from lightning_dp.privacy.engines import OneBackward
 
 
@@ -44,6 +46,7 @@ class DPModule(Classifier, ABC):
         self._previous: dict[str, Any] | None = None
         self._disclosed: list[str] = []
         self._declared = privacy
+        self._dataset_ledger: DatasetLedger | None = None
 
     @abstractmethod
     def contribution(self, image: Tensor, label: Tensor) -> Tensors:
@@ -122,6 +125,11 @@ class DPModule(Classifier, ABC):
         return self._mechanism
 
     @property
+    def dataset_ledger(self) -> DatasetLedger | None:
+        """What all runs on the same records have cost; on rank 0, once training has begun, if it can be written."""
+        return self._dataset_ledger
+
+    @property
     def was_trained(self) -> bool:
         """Whether there is a mechanism, and so a ledger, in this process."""
         return self._mechanism is not None
@@ -150,7 +158,13 @@ class DPModule(Classifier, ABC):
                 f"the budget covers {planned} more steps, {missing} fewer than privacy.steps asks for"
                 + (f": {lost} releases were made apart from this checkpoint's steps and count" if lost else "")
             )
+        self._enter_dataset_ledger()
         self._stop_when_spent()
+
+    def on_train_end(self) -> None:
+        """Tell the data's own ledger that this run has ended."""
+        if self.trainer.is_global_zero and self._dataset_ledger is not None:
+            self._dataset_ledger.end(self.mechanism.ledger.run, self.mechanism.ledger.path)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Skip the rest of the epoch if the budget covers no further release."""
@@ -213,6 +227,32 @@ class DPModule(Classifier, ABC):
             raise ConfigError(
                 "this module has spent from one ledger and the checkpoint from another: make a new module"
             )
+
+    def _enter_dataset_ledger(self) -> None:
+        """Write this run down beside the private data, with all that it may release; refuse it above their limit."""
+        if not self.trainer.is_global_zero:
+            return
+        config, mechanism, most = self.mechanism.config, self.mechanism, self.trainer.max_steps
+        file = DatasetLedger(self.datamodule.ledger_file())
+        try:
+            file.begin(
+                mechanism.ledger.run,
+                type(self).__name__,
+                mechanism.ledger.path,
+                mechanism.whole_plan(math.inf if most < 0 else most - self.trainer.global_step),
+                config.delta,
+                config.adjacency,
+                config.dataset_epsilon,
+            )
+        except OSError as error:
+            if config.dataset_epsilon is not None:
+                raise ConfigError(
+                    f"privacy.dataset_epsilon needs the dataset ledger {file.path}, which cannot be written ({error}): "
+                    "set LIGHTNING_DP_LEDGER to a folder that can"
+                ) from error
+            rank_zero_warn(f"this run is in no dataset ledger: {file.path} cannot be written ({error})")
+            return
+        self._dataset_ledger = file
 
     def _attach(self, mechanism: Mechanism) -> None:
         """Open the ledger's file on rank 0, tell all ranks what it holds, and work out what may still be released."""

@@ -18,6 +18,7 @@ from typing import Literal
 
 import dp_accounting
 import numpy as np
+from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution as _PLD
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from dp_accounting.rdp import RdpAccountant
@@ -219,6 +220,42 @@ def calibrate_plan(
     while excess(found) > 0:
         found += _LOG_TOLERANCE
     return math.exp(found)
+
+
+def search_epsilon(releases: Iterable[Release], delta: float, mean: float, shape: float = 1.0) -> float:
+    """Epsilon of the best of many runs, of which nothing else is ever shown (Papernot and Steinke 2022, recalled).
+
+    How many runs there are must be drawn at random beforehand, from a truncated negative binomial distribution (shape
+    1: geometric; 0: logarithmic; infinite: Poisson), each run with settings drawn anew; the best is chosen by the
+    released model alone, or with public data. By RDP, add or remove one record.
+
+    Args:
+        releases: the ledger of one run.
+        delta: in (0, 1).
+        mean: expected number of runs, above 1.
+        shape: of the distribution.
+
+    Raises:
+        ConfigError: ``mean`` is not above 1, or ``shape`` is negative.
+
+    Example:
+        >>> one = [Release(1.1, 256 / 60000, 3525)]
+        >>> round(epsilon(one, 1e-5, accountant="rdp"), 2), round(search_epsilon(one, 1e-5, mean=10), 2)
+        (1.28, 2.67)
+    """
+    if not mean > 1 or not shape >= 0:
+        raise ConfigError("a search needs a mean number of runs above 1 and a shape of 0 or more: correct them")
+    merged = merge(releases)
+    if any(release.noise_multiplier == 0 for release in merged):
+        return math.inf
+
+    def of(seen: tuple[Release, ...]) -> float:
+        parts = [dp_accounting.SelfComposedDpEvent(_event(release), release.count) for release in seen]
+        ledger = RdpAccountant(neighboring_relation=_RELATIONS["add_remove"])
+        ledger.compose(RepeatAndSelectDpEvent(dp_accounting.ComposedDpEvent(parts), mean, shape))
+        return float(ledger.get_epsilon(delta))
+
+    return max(of(seen) for seen in _by_record(merged, "add_remove")) if merged else 0.0
 
 
 def affordable_steps(

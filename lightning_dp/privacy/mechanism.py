@@ -47,6 +47,8 @@ class PrivacyConfig:
         adjacency: "add_remove" or "replace_one"; printed with every epsilon.
         accountant: "pld" (certified, default), "prv" or "rdp" (for delta below 1e-9).
         unit: what one record is for the people behind it, e.g. "image"; printed on the card, changes nothing.
+        dataset_epsilon: most that all runs on the private data together may reach, by the data's own ledger and under
+            ``delta``; a run that could cross it is refused before its first release. None for no limit.
         seed: fixed seed of batches and noise, for tests and research only: whoever knows it can remove the noise.
             None takes both from the operating system.
         secure: cryptographic generator for batches and noise (needs the extra ``secure``).
@@ -71,6 +73,7 @@ class PrivacyConfig:
     adjacency: Adjacency = "add_remove"
     accountant: Accountant = "pld"
     unit: str = "image"
+    dataset_epsilon: float | None = None
     seed: int | None = None
     secure: bool = False
 
@@ -116,6 +119,8 @@ class PrivacyConfig:
             )
         if self.epsilon is not None and not self.epsilon > 0:
             raise ConfigError(f"privacy.epsilon {self.epsilon:g} must be above 0")
+        if self.dataset_epsilon is not None and not self.dataset_epsilon > 0:
+            raise ConfigError(f"privacy.dataset_epsilon {self.dataset_epsilon:g} must be above 0")
         if self.noise_multiplier is not None and not self.noise_multiplier >= 0:
             raise ConfigError(f"privacy.noise_multiplier {self.noise_multiplier:g} must be 0 or above")
         if self.noise_multiplier != 0 and math.isinf(self.max_norm):
@@ -224,6 +229,13 @@ class Mechanism:
     def releases_left(self) -> int:
         """Releases that the declared budget still covers."""
         return self._most - len(self.ledger)
+
+    def whole_plan(self, steps_left: float = math.inf) -> list[Release]:
+        """What the ledger holds and what may still come, for a trainer that makes ``steps_left`` steps at most."""
+        if self._shares is not None:
+            return [Release(self.noise_multiplier, rate, count, group) for (rate, group), count in self._shares.items()]
+        ahead = dataclasses.replace(self._release, count=int(min(self.releases_left, steps_left)))
+        return list(accounting.merge([*self.ledger.releases, ahead]))
 
     @property
     def noise_std_of_mean(self) -> float:
