@@ -26,6 +26,7 @@ from lightning_dp.data import DPDataModule, ReleaseDataModule
 from lightning_dp.downstream import downstream
 from lightning_dp.errors import ConfigError
 from lightning_dp.generate import generate
+from lightning_dp.invert import invert
 from lightning_dp.methods import Classifier
 from lightning_dp.plan import plan
 from lightning_dp.privacy import PrivacyConfig
@@ -37,6 +38,7 @@ _NAMED = (methods, data, models, callbacks, pytorch_lightning.callbacks, torch.o
 _VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "attack": attack,
+    "invert": invert,
     "ledger": ledger,
     "generate": generate,
     "compare": compare,
@@ -197,11 +199,10 @@ def _lightning(arguments: list[str] | None) -> DPCLI:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     settings: dict[str, Any] = {
         "description": "Train image classifiers under differential privacy. More verbs: `lightning-dp plan` prints "
-        "noise, epsilon and steps before anything is trained; `lightning-dp generate` fills a synthetic pool; "
-        "`lightning-dp compare` runs a set of configurations; `lightning-dp downstream` trains "
-        "other networks on a release; `lightning-dp attack` asks who was a member; `lightning-dp ledger` adds up "
-        "all runs on the same records; `lightning-dp audit` is a fit with canaries that fails if its claim is "
-        "refuted.",
+        "noise, epsilon and steps before anything is trained; `generate` fills a synthetic pool; `compare` runs a set "
+        "of configurations; `downstream` trains other networks on a release; `attack` asks who was a member; `invert` "
+        "what images come back from a release of features; `ledger` adds up all runs on the same records; `audit` is "
+        "a fit with canaries that fails if its claim is refuted.",
         "exit_on_error": False,
     }
     per_verb = {verb: {"exit_on_error": False} for verb in DPCLI.subcommands()}

@@ -278,6 +278,7 @@ class NeuroMix(DPModule):
             "encoder": encoder_name(datamodule.encoder),
             "groups": self.net.norm.num_groups if isinstance(self.net.norm, nn.GroupNorm) else None,
             "max_length": self.net.max_length,
+            "feature_norm": self.feature_norm,
             "outputs": config.steps,
             "degree": config.expected_batch_size,
             "open_classes": self.open_classes,

@@ -17,7 +17,8 @@ class _FunctionalBackend(TorchBackend2D):
 
     @classmethod
     def modulus(cls, x: Tensor) -> Tensor:
-        return x.square().sum(dim=-1, keepdim=True).sqrt()
+        # the constant is below the precision of any modulus that matters, and keeps the slope at 0 finite
+        return (x.square().sum(dim=-1, keepdim=True) + 1e-30).sqrt()
 
 
 def build_front_end(image_size: int, scales: int, angles: int) -> nn.Module:

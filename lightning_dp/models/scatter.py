@@ -10,10 +10,10 @@ class ScatterNet(nn.Module):
     """Two layers of fixed wavelets and moduli: features that cost no privacy, for a linear head on top.
 
     Scattering of Bruna and Mallat, as used by Oyallon and Mallat 2015 and, for private training, by Tramer and Boneh
-    2021 (arXiv 2011.11660); computed by kymatio. It has no parameters, passes no gradient back, and leaves nothing in
-    the state dict. It always computes in the precision of its filters (float32, or float64 after ``double()``), under
-    autocast too. A 28x28 image takes about 0.8 ms on two idle CPU cores at batch 512, or 1.3 ms on one: give it large
-    batches, or compute the features once and keep them.
+    2021 (arXiv 2011.11660); computed by kymatio. It has no parameters, its ``forward`` passes no gradient back, and it
+    leaves nothing in the state dict. It always computes in the precision of its filters (float32, or float64 after
+    ``double()``), under autocast too. A 28x28 image takes about 0.8 ms on two idle CPU cores at batch 512, or 1.3 ms on
+    one: give it large batches, or compute the features once and keep them.
 
     Args:
         image_size: height and width of the images, in pixels; a multiple of 2 ** scales.
@@ -60,6 +60,10 @@ class ScatterNet(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return features (n, out_channels, out_size, out_size) of images (n, in_channels, image_size, image_size)."""
+        return self.differentiable(images)
+
+    def differentiable(self, images: Tensor) -> Tensor:
+        """The same features, through which gradients pass back to the images; for attacks."""
         filters = next(self._front_end.buffers())
         if images.shape[0] == 0:  # the Fourier transform refuses empty batches
             return images.new_zeros((0, self.out_channels, self.out_size, self.out_size), dtype=filters.dtype)
