@@ -1,5 +1,6 @@
 """Every file in configs/ is run: parsed with the others, and fitted for two steps on data made here."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,41 @@ def test_every_experiment_names_its_command_and_its_result(path):
     head = path.read_text().split("data:")[0]
     assert f"lightning-dp fit -c configs/base.yaml -c configs/experiments/{path.name}" in head
     assert "test accuracy" in head
+
+
+@pytest.mark.parametrize("audit", sorted(CONFIGS.glob("audit/*.yaml")), ids=lambda path: path.stem)
+def test_every_audit_ends_with_a_verdict(here, monkeypatch, audit):
+    monkeypatch.setattr(MNIST, "load", made(1, 28))
+    parts = ("base.yaml", "data/mnist.yaml", "method/dp_sgd.yaml", "privacy/eps3.yaml")
+    few = ["--data.init_args.canaries=40", "--data.init_args.audit=80", "--privacy.num_examples=160"]
+    inside = ["--model.init_args.net.init_args.canaries=40"] if audit.stem == "dirac" else []
+    small = [word for word in SMALL if "num_examples" not in word and "audit" not in word]
+    main(["audit", *files(*(CONFIGS / part for part in parts), audit), *small, *few, *inside])
+    found = json.loads((here / "runs" / "version_0" / "privacy_card.json").read_text())["evidence"]["audit"]
+    assert found["verdict"] in ("PASS", "UNDERPOWERED")
+
+
+@pytest.mark.parametrize("data", ["mnist", "fashion_mnist"])
+@pytest.mark.parametrize("method", ["psg", "dp_sgd"])
+def test_every_continual_run_reports_its_tasks(here, monkeypatch, data, method):
+    for source in (MNIST, FashionMNIST):
+        monkeypatch.setattr(source, "load", made(1, 28))
+    of = "method/release/psg.yaml" if method == "psg" else "method/dp_sgd.yaml"
+    parts = ("base.yaml", f"data/{data}.yaml", of, "privacy/eps8.yaml", f"continual/{method}.yaml")
+    quick = [
+        "--model.init_args.training.epochs=1",
+        "--model.init_args.updates_per_release=1",
+        "--trainer.callbacks=[{class_path: TaskAccuracy, init_args: {training: {epochs: 1}}}]",
+    ]
+    small = [word for word in SMALL if "steps" not in word]
+    main(
+        [
+            "fit",
+            *files(*(CONFIGS / part for part in parts)),
+            *small,
+            "--privacy.steps=5",
+            *quick[: 3 * (method == "psg")],
+        ]
+    )
+    (found,) = here.glob("runs/version_0/tasks.json")
+    assert len(json.loads(found.read_text())["accuracy"]) == 5
