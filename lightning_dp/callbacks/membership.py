@@ -212,7 +212,7 @@ def membership_scores(logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]]).double()
         >>> {name: values.round(3).tolist() for name, values in membership_scores(logits, torch.tensor([0, 0])).items()}
         ... # doctest: +NORMALIZE_WHITESPACE
-        {'loss': [-0.127, -1.313], 'margin': [2.0, -1.0], 'entropy': [-0.365, -0.582],
+        {'loss': [2.0, -1.0], 'margin': [2.0, -1.0], 'entropy': [-0.365, -0.582],
          'modified_entropy': [-0.03, -1.92]}
     """
     logs = logits.log_softmax(1)
@@ -227,7 +227,8 @@ def membership_scores(logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
     wrong[rows, labels] = 0.0
     entropy = (probabilities * logs).sum(1)
     scores = {
-        "loss": own,
+        "loss": logits[rows, labels]
+        - torch.logsumexp(others, 1),  # log odds: orders as the loss does, never rounds to 0
         "margin": logits[rows, labels] - others.amax(1),
         "entropy": entropy,
         "modified_entropy": rest[rows, labels].exp() * own + wrong.sum(1),

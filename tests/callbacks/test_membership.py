@@ -79,7 +79,10 @@ def test_scores_are_exact_where_probabilities_round_to_one():
     logits = torch.tensor([[60.0, 0.0, 1.0], [2.0, 1.0, 0.0]]).double()
     labels = torch.tensor([0, 1])
     found = membership_scores(logits, labels)
-    torch.testing.assert_close(torch.from_numpy(found["loss"]), -F.cross_entropy(logits, labels, reduction="none"))
+    odds = torch.from_numpy(found["loss"])
+    torch.testing.assert_close(F.logsigmoid(odds), -F.cross_entropy(logits, labels, reduction="none"))
+    further = membership_scores(logits + torch.tensor([5.0, 0.0, 0.0]), labels)
+    assert further["loss"][0] == pytest.approx(found["loss"][0] + 5)  # their losses are both 0 in float64
     assert found["margin"].tolist() == [59.0, -1.0]
     p = logits[1].softmax(0)
     own, rest = p[1], p[[0, 2]]
