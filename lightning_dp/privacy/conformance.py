@@ -15,6 +15,7 @@ _COINCIDENCES = 50
 _LOOKS = 20
 _HEAD = 256  # values of each noise vector that are kept
 _SHORTEST = 128
+_ALIKE = 0.75  # correlation of two noise vectors from which on one is called a repetition
 
 
 class NoiseStatistics:
@@ -22,15 +23,22 @@ class NoiseStatistics:
 
     def __init__(self) -> None:
         self._squares, self._values = 0.0, 0
-        self._heads: list[np.ndarray] = []
+        self._heads, self._kept = np.zeros((64, _HEAD), dtype=np.float32), 0
+        self._products, self._pairs = 0.0, 0
 
     def add(self, noise: np.ndarray) -> str | None:
         """Take a noise vector (values,) in units of its standard deviation; what is wrong with it, if anything."""
         self._squares += float(np.square(noise, dtype=np.float64).sum())
         self._values += noise.size
-        found = self._scale() or self._repeat(noise)
-        if noise.size >= _SHORTEST:
-            self._heads.append(noise[:_HEAD].astype(np.float32))
+        if noise.size < _SHORTEST:
+            return self._scale()
+        head = np.zeros(_HEAD, dtype=np.float32)  # a shorter one ends in zeros
+        head[: noise.size] = noise[:_HEAD]
+        found = self._scale() or self._repeat(head, min(_HEAD, noise.size))
+        if self._kept == len(self._heads):
+            self._heads = np.concatenate([self._heads, np.zeros_like(self._heads)])
+        self._heads[self._kept] = head
+        self._kept += 1
         return found
 
     def _scale(self) -> str | None:
@@ -41,19 +49,24 @@ class NoiseStatistics:
         ratio = math.sqrt(self._squares / self._values)
         return f"the noise has {ratio:.4f} times its accounted standard deviation (chi-square, p = {p:.2g})"
 
-    def _repeat(self, noise: np.ndarray) -> str | None:
-        if not self._heads or noise.size < _SHORTEST:
+    def _repeat(self, head: np.ndarray, size: int) -> str | None:
+        """A noise vector of before, or correlation with the last one over all pairs so far, within 7 deviations."""
+        if not self._kept:
             return None
-        size = min(_HEAD, noise.size)
-        same = [head for head in self._heads if len(head) == size]
-        if not same:
-            return None
-        alike = np.stack(same) @ noise[:size].astype(np.float32) / size
+        alike = self._heads[: self._kept] @ head / size
         place = int(np.abs(alike).argmax())
-        if abs(alike[place]) < 0.75:
+        if abs(alike[place]) >= _ALIKE:
+            back = self._kept - place
+            return f"the noise repeats that of {back} releases ago (correlation {alike[place]:.2f}), so it cancels"
+        self._products += float(alike[-1]) * size
+        self._pairs += size
+        away = self._products / math.sqrt(self._pairs)
+        if self._pairs < 2 * _HEAD or abs(away) < 7:
             return None
-        back = len(same) - place
-        return f"the noise repeats that of {back} releases ago (correlation {alike[place]:.2f}), so it cancels"
+        return (
+            f"the noise depends on that of the release before (correlation {self._products / self._pairs:.2f}, "
+            f"{away:+.1f} standard deviations)"
+        )
 
 
 class DrawStatistics:
