@@ -303,6 +303,15 @@ def test_one_step_is_one_release_also_in_poisson_batches(tmp_path):
         assert weights(module).isfinite().all()
 
 
+def test_a_run_that_ended_is_so_in_the_ledger_of_the_data(tmp_path):
+    module = make()
+    fit(tmp_path, module, max_steps=FULL.steps)
+    assert module.dataset_ledger is not None
+    (run,) = module.dataset_ledger.runs()
+    assert run.ended
+    assert run.releases() == module.mechanism.ledger.releases
+
+
 def test_poisson_batches_estimate_the_full_gradient(tmp_path):
     """Without noise, many one-step runs on batches average to the full-batch step."""
 
