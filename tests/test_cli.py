@@ -9,6 +9,8 @@ import yaml
 
 from lightning_dp.cli import main
 from lightning_dp.methods import DPSGD
+from lightning_dp.privacy import epsilon
+from lightning_dp.privacy.accounting import Release, search_epsilon
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("base", "data/digits", "method/dp_sgd", "privacy/eps8")
@@ -134,9 +136,21 @@ def test_plan_prints_both_adjacencies_and_accountants_and_saves_a_plot(here, cap
     assert (here / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plan_says_what_a_declared_search_costs(here, capsys):
+    numbers = ["--num_examples", "1000", "--expected_batch_size", "100", "--steps", "50", "--delta", "1e-5"]
+    main(["plan", *numbers, "--noise_multiplier", "2", "--plot", "null"])
+    assert "search" not in capsys.readouterr().out
+    main(["plan", *numbers, "--noise_multiplier", "2", "--plot", "null", "--search_mean", "5", "--search_shape", "0"])
+    one = [Release(2.0, 0.1, 50)]
+    best, alone = search_epsilon(one, 1e-5, 5, 0), epsilon(one, 1e-5, accountant="rdp")
+    assert f"epsilon {best:.4f} for the best of a random number of such runs, 5 on average" in capsys.readouterr().out
+    assert alone < best
+
+
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
+        (["--epsilon", "2", "--delta", "1e-5", "--search_mean", "1"], "mean number of runs above 1"),
         (["--epsilon", "2", "--delta", "0.5"], "privacy.delta"),
         (["--delta", "1e-5"], "no privacy budget"),
         (["--delta", "1e-5", "--noise_multiplier", "0"], "no finite epsilon"),

@@ -180,13 +180,15 @@ class DPDataModule(LightningDataModule):
         }
 
     def ledger_file(self) -> Path:
-        """Where the runs on these private records are written down, whatever their split; beside the data.
+        """Where the runs on these private records are written down, whatever their split and name; beside the data.
 
         The environment variable LIGHTNING_DP_LEDGER, if set, names another folder.
         """
         assert self._roles is not None, "setup() comes first"
         folder = Path(os.environ.get("LIGHTNING_DP_LEDGER", self.root / ".ledger"))
-        return folder / f"{self.source.name}-{self._roles.split.training_digest[:16]}.jsonl"
+        digest = self._roles.split.training_digest[:16]
+        known = sorted(folder.glob(f"*-{digest}.jsonl"))
+        return known[0] if known else folder / f"{self.source.name}-{digest}.jsonl"
 
     def state_dict(self) -> dict[str, Any]:
         """Which split the run was trained on, for its checkpoints; no figure of the private role."""

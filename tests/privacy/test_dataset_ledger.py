@@ -8,6 +8,7 @@ import pytest
 
 from lightning_dp.callbacks import PrivacyCard
 from lightning_dp.cli import main
+from lightning_dp.data import Digits
 from lightning_dp.errors import ConfigError
 from lightning_dp.methods import SGD
 from lightning_dp.privacy import epsilon
@@ -57,6 +58,13 @@ def test_runs_on_any_split_and_with_any_noise_compose(folder, tmp_path):
     fit(tmp_path / "b", make_module(other), make_data(other, split_seed=5, audit=50))
     parts = [(Release(1.0, 60 / 1240, STEPS),), (Release(2.0, 60 / 1290, STEPS),)]
     assert the_ledger(folder).epsilon(1e-5) == total(*parts)
+
+
+def test_the_same_records_by_another_name_are_the_same_records(folder, tmp_path, monkeypatch):
+    fit(tmp_path / "a")
+    monkeypatch.setattr(Digits, "name", "Numerals")
+    fit(tmp_path / "b")
+    assert len(the_ledger(folder).runs()) == 2
 
 
 def test_a_run_that_did_not_end_counts_with_all_it_planned_until_it_has(folder, tmp_path):
