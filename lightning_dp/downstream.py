@@ -1,5 +1,6 @@
 """``lightning-dp downstream``: what a release of images teaches to networks of other kinds."""
 
+import os
 import statistics
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def downstream(
     Args:
         release: ``release.safetensors``, or its folder.
         source: whose test side is the test; its training side is not opened.
-        root: folder that holds all data sets.
+        root: folder that holds all data sets; the environment variable LIGHTNING_DP_DATA, if set, replaces it.
         networks: some of ConvNet, LeNet, AlexNet, VGG11, ResNet18, MLP; null for all.
         training: how they are trained; null for that of Private Set Generation.
         repeats: networks of each kind, from different weights.
@@ -46,7 +47,7 @@ def downstream(
     known = small_networks(channels, size, classes)
     if unknown := [name for name in networks or [] if name not in known]:
         raise ConfigError(f"--networks {unknown[0]} is not among {', '.join(known)}: correct it")
-    test = source.load(root, train=False, download=False)
+    test = source.load(Path(os.environ.get("LIGHTNING_DP_DATA", root)), train=False, download=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = Normalize(source.mean, source.std)(test.images)
     recipe = ReleaseTraining() if training is None else training

@@ -26,8 +26,9 @@ def test_the_table_has_each_network_with_its_error_and_the_guarantee(release, tm
     monkeypatch.setattr(
         Digits,
         "load",
-        lambda self, root, train, download: (opened.append(train), original(self, root, train, download))[1],
+        lambda self, root, train, download: (opened.append((train, root)), original(self, root, train, download))[1],
     )
+    monkeypatch.setenv("LIGHTNING_DP_DATA", str(tmp_path / "elsewhere"))
     main(
         [
             *("downstream", f"--release={release}", "--source=Digits", "--networks=[MLP]", "--repeats=2"),
@@ -42,7 +43,7 @@ def test_the_table_has_each_network_with_its_error_and_the_guarantee(release, tm
     mean, error = (float(word) for word in accuracy.split(" ± "))
     assert mean > 60
     assert error >= 0
-    assert opened == [False]
+    assert opened == [(False, tmp_path / "elsewhere")]
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,11 @@ def test_single_records_come_back_and_the_control_does_not(release, tmp_path, mo
     monkeypatch.setattr(
         Digits,
         "load",
-        lambda self, root, train, download: (opened.append(train), original(self, root, train, download))[1],
+        lambda self, root, train, download: (opened.append((train, root)), original(self, root, train, download))[1],
     )
+    monkeypatch.setenv("LIGHTNING_DP_DATA", str(tmp_path / "elsewhere"))
     found = run(tmp_path, release())
-    assert opened == [False]
+    assert opened == [(False, tmp_path / "elsewhere")]
     assert found["attack"]["psnr"] > found["control"]["psnr"] + 8
     assert found["attack"]["ssim"] > 0.9 > found["control"]["ssim"] + 0.4
     for way in ("by_image", "by_features"):
