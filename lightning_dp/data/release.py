@@ -95,7 +95,7 @@ class ReleaseDataModule(LightningDataModule):
         source: whose test side is the test role; None for no test.
         root: folder that holds all data sets; the environment variable LIGHTNING_DP_DATA, if set, replaces it.
         encoder: the frozen encoder that the release was made with, if any.
-        batch_size: rows per step, over all devices.
+        batch_size: rows per step, over all devices; all of them where a release has fewer.
         eval_batch_size: test records per batch and device; performance only.
         num_workers: loader processes; performance only.
         seed: of the order of the rows; public.
@@ -158,7 +158,8 @@ class ReleaseDataModule(LightningDataModule):
         trainer = self.trainer
         rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         epoch = (lambda: 0) if trainer is None else (lambda: trainer.current_epoch)
-        batches = ShuffledBatches(len(self._train), self.batch_size, self.seed, epoch, rank, world_size)
+        size = min(self.batch_size, len(self._train))
+        batches = ShuffledBatches(len(self._train), size, self.seed, epoch, rank, world_size)
         return record_loader(self._train, batches, self.num_workers)
 
     def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:

@@ -79,6 +79,18 @@ def test_training_batches_are_the_release_and_test_records_are_made_as_its_recor
     assert labels.dtype == torch.int64
 
 
+def test_a_release_that_is_smaller_than_a_batch_is_one_batch(tmp_path):
+    made = published(count=7)
+    made.save(tmp_path)
+    data = ReleaseDataModule(tmp_path, batch_size=256)
+    data.setup()
+    ((inputs, targets),) = data.train_dataloader()
+    order = inputs[:, 0].argsort()
+    expected = made.inputs[:, 0].argsort()
+    assert torch.equal(inputs[order], made.inputs[expected])
+    assert torch.equal(targets[order], made.targets[expected])
+
+
 def test_another_encoder_than_the_releases_is_refused(tmp_path):
     published(encoder="ScatterNet").save(tmp_path)
     with pytest.raises(ConfigError, match="made with the encoder ScatterNet"):
