@@ -162,7 +162,7 @@ def test_the_second_fit_by_command_line(tmp_path, monkeypatch, config):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["lightning-dp"])
     path = Path(__file__).parents[2] / "configs" / "release" / config
-    given = ["--data.init_args.path=release", "--data.init_args.source=Digits", "--data.init_args.batch_size=8"]
+    given = ["--data.init_args.path=release", "--data.init_args.source=Digits"]
     given += [*sizes, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
     main(["fit", "-c", str(path), *given, "--trainer.enable_progress_bar=false"])
     assert "test/accuracy" in json.loads((tmp_path / "runs" / "version_0" / "metrics.json").read_text())
