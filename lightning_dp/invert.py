@@ -19,7 +19,7 @@ from lightning_dp.models.linear import feature_vectors
 from lightning_dp.privacy import Release
 from lightning_dp.privacy.auditing import TradeOff, clopper_pearson
 from lightning_dp.privacy.clipping import clip_factors, record_norms
-from lightning_dp.privacy.inversion import Inversion, aligned, likeness, matched, psnr, ssim
+from lightning_dp.inversion import Inversion, aligned, likeness, matched, psnr, ssim
 
 _SHOWN = 8  # records of the picture
 _P = 0.05
@@ -71,6 +71,7 @@ def invert(
         )
     degree = about["degree"] if degree is None else degree
     noise_std = about["noise_std"] if noise_std is None else noise_std
+    as_released = (degree, noise_std) == (about["degree"], about["noise_std"])
     if degree < 1 or noise_std < 0 or mixtures < 2 or candidates < 2:
         raise ConfigError("--degree must be 1 or more, --noise_std 0 or more, --mixtures and --candidates 2 or more")
     test = source.load(Path(os.environ.get("LIGHTNING_DP_DATA", root)), train=False, download=False).images
@@ -109,7 +110,7 @@ def invert(
         "candidates": candidates,
         **figures,
         "cap_of_one_mixture": _cap_of_mixture(features.bound, degree, noise_std, candidates),
-        "cap_of_the_release": _cap_of_release(release, candidates) if noise_std == about["noise_std"] else None,
+        "cap_of_the_release": _cap_of_release(release, candidates) if as_released else None,
     }
     text = _table(report)
     output.mkdir(parents=True, exist_ok=True)

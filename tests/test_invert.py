@@ -10,7 +10,7 @@ from scipy.stats import norm
 from lightning_dp.cli import main
 from lightning_dp.data import Digits, Published
 from lightning_dp.invert import _cap_of_mixture
-from lightning_dp.privacy.inversion import Inversion, aligned, likeness, matched, psnr, ssim, total_variation
+from lightning_dp.inversion import Inversion, aligned, likeness, matched, psnr, ssim, total_variation
 
 ABOUT = {
     "kind": "features",
@@ -96,6 +96,7 @@ def test_the_cap_of_the_release_is_that_of_its_card(release, tmp_path):
     found = run(tmp_path, path, "--inversion.steps=2")
     assert found["cap_of_the_release"] == pytest.approx(norm.cdf(norm.ppf(1 / 20) + 2 / 4.0), rel=0.01)
     assert run(tmp_path, path, "--inversion.steps=2", "--noise_std=0")["cap_of_the_release"] is None
+    assert run(tmp_path, path, "--inversion.steps=2", "--degree=2")["cap_of_the_release"] is None
     (path / "privacy_card.json").write_text(json.dumps({"epsilon": 1.0, "releases": [[4.0, 1.0, 1, "class 0"]]}))
     assert run(tmp_path, path, "--inversion.steps=2")["cap_of_the_release"] is None
 

@@ -227,8 +227,8 @@ def membership_scores(logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
     wrong[rows, labels] = 0.0
     entropy = (probabilities * logs).sum(1)
     scores = {
-        "loss": logits[rows, labels]
-        - torch.logsumexp(others, 1),  # log odds: orders as the loss does, never rounds to 0
+        # as log odds, which order as the loss does and never round to 0
+        "loss": logits[rows, labels] - torch.logsumexp(others, 1),
         "margin": logits[rows, labels] - others.amax(1),
         "entropy": entropy,
         "modified_entropy": rest[rows, labels].exp() * own + wrong.sum(1),
