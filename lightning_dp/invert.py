@@ -14,12 +14,12 @@ from lightning_dp.callbacks.meaning import cap_of
 from lightning_dp.data import Normalize, Source, load_release
 from lightning_dp.data.release import encoder_name
 from lightning_dp.errors import ConfigError
+from lightning_dp.inversion import Inversion, aligned, likeness, matched, psnr, ssim
 from lightning_dp.models import ScatterNet
 from lightning_dp.models.linear import feature_vectors
 from lightning_dp.privacy import Release
 from lightning_dp.privacy.auditing import TradeOff, clopper_pearson
 from lightning_dp.privacy.clipping import clip_factors, record_norms
-from lightning_dp.inversion import Inversion, aligned, likeness, matched, psnr, ssim
 
 _SHOWN = 8  # records of the picture
 _P = 0.05

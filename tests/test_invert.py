@@ -9,8 +9,8 @@ from scipy.stats import norm
 
 from lightning_dp.cli import main
 from lightning_dp.data import Digits, Published
-from lightning_dp.invert import _cap_of_mixture
 from lightning_dp.inversion import Inversion, aligned, likeness, matched, psnr, ssim, total_variation
+from lightning_dp.invert import _cap_of_mixture
 
 ABOUT = {
     "kind": "features",
